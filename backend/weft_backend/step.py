@@ -1,0 +1,84 @@
+"""The seam between the scheduler and the model runner: what one engine step does, and what came of it.
+
+Both sides know *rows*: a row is a stable place, 0 to ``max_num_seqs - 1``, that a running sequence keeps in the
+runner's device-resident tables (token history, page table, sampling parameters). A plan names rows and says what
+changes in the tables; it never carries the last sampled token, which is already on the device. So the plan of step
+n + 1 can be made, and launched, before the tokens of step n were read back.
+
+Torch-free: arrays are numpy, on the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weft_backend.sequence import Sequence
+
+Int32Array = NDArray[np.int32]
+BoolArray = NDArray[np.bool_]
+
+
+class FinishCode(IntEnum):
+    """How a row stood after sampling."""
+
+    RUNNING = 0
+    STOP = 1  # an end-of-sequence or stop id
+    LENGTH = 2  # max_tokens or max_model_len
+    NAN = 3  # the logits were not finite; only this sequence's request fails
+
+
+@dataclass(frozen=True, slots=True)
+class PageMoves:
+    """Page copies to do, in this order, before the step computes anything. Each is int32 ``[N, 2]`` (from, to)."""
+
+    swap_out: Int32Array  # device page -> host page: a cached prefix leaves the device
+    swap_in: Int32Array  # host page -> device page: a cached prefix comes back
+    copy: Int32Array  # device page -> device page: the last, partial page of a fork
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One engine step over ``B`` rows: decode rows (one token each) first, then prefill chunks."""
+
+    step: int
+    sequences: list[Sequence]  # [B], for retiring
+    rows: Int32Array  # [B]
+    start_positions: Int32Array  # [B] position of the first token computed now
+    query_lens: Int32Array  # [B] tokens computed now; 1 for decode rows
+    num_decode_rows: int
+    samples: BoolArray  # [B] the row's last position gives a new token: decode rows and final prefill chunks
+    new_rows: list[Sequence]  # sequences that take their row (``sequence.row``) with this step; the runner copies their
+    # tokens and sampling parameters into its tables
+    page_updates: Int32Array  # [U, 3] (row, column, page): page table entries that changed, new rows' included
+    page_moves: PageMoves
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step."""
+        return int(self.query_lens.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities of ``T`` tokens; ``top_*`` hold the ``K`` likeliest ids in each token's place."""
+
+    token_logprobs: NDArray[np.float32]  # [T]
+    token_ranks: Int32Array  # [T], from 1
+    top_token_ids: Int32Array  # [T, K]
+    top_logprobs: NDArray[np.float32]  # [T, K]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step gave, by the plan's rows."""
+
+    step: int
+    token_ids: Int32Array  # [B]; -1 where the row does not sample
+    finish_codes: NDArray[np.uint8]  # [B] FinishCode
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by index in the plan, T = 1
+    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by index in the plan: entry t scores the
+    # prompt token at start_positions[i] + t + 1; T = query_len, or one less in the chunk that ends the prompt
