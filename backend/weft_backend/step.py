@@ -82,3 +82,16 @@ class StepResult:
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by index in the plan, T = 1
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by index in the plan: entry t scores the
     # prompt token at start_positions[i] + t + 1; T = query_len, or one less in the chunk that ends the prompt
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """What a retired step gave one live sequence."""
+
+    sequence: Sequence
+    token_ids: list[int]  # new tokens; empty for a prefill chunk that only scored prompt tokens
+    token_index: int  # position of the first of them among the sequence's generated tokens
+    finish: FinishCode = FinishCode.RUNNING
+    logprobs: TokenLogprobs | None = None
+    prompt_start: int = 0  # position of the first prompt token that prompt_logprobs scores
+    prompt_logprobs: TokenLogprobs | None = None

@@ -1,0 +1,26 @@
+"""Where the tokens of one step lie: made once a step, read by every layer's kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLayout:
+    """``T`` tokens of ``B`` rows, decode rows (one token each) first, then prefill chunks; each row's tokens are contiguous.
+
+    A padded row has ``seq_lens`` 0; its tokens have ``slots`` -1. Kernels write nothing for it and may return anything
+    finite in its place.
+    """
+
+    positions: Tensor  # int64 [T] position of each token in its sequence
+    slots: Tensor  # int64 [T] page * page_size + offset where its key and value go; -1: nowhere
+    query_starts: Tensor  # int32 [B + 1] first token of each row
+    seq_lens: Tensor  # int32 [B] tokens of the sequence, those of this step included
+    rows: Tensor  # int32 [B] row of the page table
+    page_table: Tensor  # int32 [R, max_pages] pages of every row, the whole resident table
+    num_decode_rows: int  # rows 0 to num_decode_rows - 1 are decode rows
+    max_query_len: int  # of the prefill chunks; 1 if there is none
+    max_seq_len: int  # an upper bound, for choosing a grid
