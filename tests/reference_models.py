@@ -1,4 +1,4 @@
-"""The models that ours are compared with: transformers', and a dense twin of Baichuan, which it lacks, in plain torch."""
+"""The models that ours are compared with: transformers', and a plain-torch dense twin of Baichuan, which it lacks."""
 
 from __future__ import annotations
 
