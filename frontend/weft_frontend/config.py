@@ -1,0 +1,45 @@
+"""Settings of a frontend process: frozen, resolved before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontendConfig:
+    """What `weft frontend` was told."""
+
+    backends: tuple[str, ...]  # gRPC targets: host:port, dns:///name:port or unix:/path
+    host: str = "0.0.0.0"
+    http_port: int | None = 8000  # None: no HTTP
+    grpc_port: int | None = 50051  # None: no gRPC
+    workers: int = 1  # processes that share the ports
+    served_model_names: Mapping[str, str] = field(default_factory=dict)  # public name -> backend's name; empty: all,
+    # under their own names
+    chat_template: Path | None = None  # replaces the template of every model
+    trust_request_chat_template: bool = False  # render templates that requests bring
+    max_request_bytes: int = 32 << 20  # HTTP body or gRPC message
+    request_timeout: float | None = None  # seconds; the default deadline of a request
+    api_keys: frozenset[str] = frozenset()  # empty: no authentication
+    drain_timeout: float = 30.0  # seconds that running requests get after SIGTERM
+
+    def __post_init__(self) -> None:
+        if not self.backends:
+            raise ValueError("a frontend needs at least one backend: --backend HOST:PORT")
+        if self.http_port is None and self.grpc_port is None:
+            raise ValueError("both protocols are off: give --http-port or --grpc-port")
+        if self.workers < 1:
+            raise ValueError(f"--workers must be at least 1, not {self.workers}")
+
+
+def parse_served_model_names(names: tuple[str, ...]) -> dict[str, str]:
+    """``--served-model-name`` values: ``NAME`` serves a model under its own name, ``ALIAS=NAME`` under another."""
+    served: dict[str, str] = {}
+    for name in names:
+        alias, _, target = name.partition("=")
+        if not alias or name.endswith("="):
+            raise ValueError(f"--served-model-name takes NAME or ALIAS=NAME, not {name!r}")
+        served[alias] = target or alias
+    return served
