@@ -73,7 +73,7 @@ class SamplingDefaults(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ...) -> None: ...
 
 class LoadReport(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "queued_uncached_tokens", "free_pages", "total_pages", "step_seconds", "num_steps", "num_generated_tokens", "num_prompt_tokens", "num_cached_tokens", "num_preemptions", "draining")
+    __slots__ = ("num_running", "num_waiting", "queued_uncached_tokens", "free_pages", "total_pages", "step_seconds", "num_steps", "num_generated_tokens", "num_prompt_tokens", "num_cached_tokens", "num_preemptions", "draining", "num_ended_requests")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     QUEUED_UNCACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +86,7 @@ class LoadReport(_message.Message):
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    NUM_ENDED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     queued_uncached_tokens: int
@@ -98,4 +99,5 @@ class LoadReport(_message.Message):
     num_cached_tokens: int
     num_preemptions: int
     draining: bool
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., queued_uncached_tokens: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., step_seconds: _Optional[float] = ..., num_steps: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., draining: bool = ...) -> None: ...
+    num_ended_requests: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., queued_uncached_tokens: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., step_seconds: _Optional[float] = ..., num_steps: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., draining: bool = ..., num_ended_requests: _Optional[int] = ...) -> None: ...
