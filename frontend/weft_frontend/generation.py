@@ -38,9 +38,7 @@ class ChoiceDelta:
     finish_reason: Literal["stop", "length"] | None = None  # set on the choice's last delta only
     stop_reason: str | int | None = None  # the stop string or one of stop_token_ids; None for end of sequence
     logprobs: list[TokenLogprob] | None = None  # one per token id, if sampling.logprobs was set
-    prompt_logprobs: list[TokenLogprob] | None = (
-        None  # on the choice's first delta, if sampling.prompt_logprobs was set
-    )
+    prompt_logprobs: list[TokenLogprob] | None = None  # on the first delta, if sampling.prompt_logprobs was set
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +104,7 @@ class Generation:
         """Return as soon as every configured backend has been seen ready once."""
 
     async def generate(
-        self, request: pb.GenerateRequest, *, stream: bool, timeout: float | None = None
+        self, request: pb.GenerateRequest, *, stream: bool, time_left: float | None = None
     ) -> GenerationStream:
         """Complete prompts. Choice index is prompt number * n + number of the choice.
 
@@ -115,13 +113,13 @@ class Generation:
 
         Args:
             stream: deltas as they come; needs ``best_of`` at most ``n``.
-            timeout: seconds that are left to the request.
+            time_left: seconds until the request's deadline; None: no deadline.
 
         Raises:
             WeftError: before anything was generated.
         """
 
-    async def chat(self, request: pb.ChatRequest, *, stream: bool, timeout: float | None = None) -> GenerationStream:
+    async def chat(self, request: pb.ChatRequest, *, stream: bool, time_left: float | None = None) -> GenerationStream:
         """Answer a conversation; as ``generate``."""
 
     async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse: ...
