@@ -71,6 +71,15 @@ class TokenLogprobs:
     top_token_ids: Int32Array  # [T, K]
     top_logprobs: NDArray[np.float32]  # [T, K]
 
+    def after(self, num_tokens: int) -> TokenLogprobs:
+        """Without the first ``num_tokens``."""
+        return TokenLogprobs(
+            self.token_logprobs[num_tokens:],
+            self.token_ranks[num_tokens:],
+            self.top_token_ids[num_tokens:],
+            self.top_logprobs[num_tokens:],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:

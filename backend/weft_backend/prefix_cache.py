@@ -1,0 +1,185 @@
+"""Finds the pages that already hold the keys and values of a prompt's beginning.
+
+A full page is named by the hash of its tokens and of all tokens before them, so equal names mean equal prefixes. The
+chain starts from the request's cache salt: requests with different salts never meet. BLAKE2 is used because a
+collision would hand one request another's keys and values.
+
+Two tiers hold named pages: the device's (``BlockPool`` keeps them until they are reused) and, with swap space, the
+host's, to which a page moves when the device gives it up.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+import numpy as np
+
+from weft_backend.block_pool import BlockPool
+from weft_backend.sequence import Sequence
+
+PageMove = tuple[int, int]  # (from, to)
+
+
+@dataclass(slots=True)
+class Match:
+    """The longest cached beginning of a sequence: device pages to share, then host pages to bring back."""
+
+    device_pages: list[int] = field(default_factory=list)
+    host_pages: list[int] = field(default_factory=list)
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.device_pages) + len(self.host_pages)
+
+
+class HostTier:
+    """Named pages in host memory, the least recently used given up first."""
+
+    def __init__(self, num_pages: int) -> None:
+        self._blank = list(range(num_pages - 1, -1, -1))
+        self._pages: OrderedDict[bytes, int] = OrderedDict()
+        self._in_use: set[bytes] = set()  # named by moves that are not planned yet
+
+    def find(self, name: bytes) -> int | None:
+        """The host page of that name."""
+        return self._pages.get(name)
+
+    def touch(self, name: bytes) -> None:
+        """Mark a page as used now; it stays until ``settle``."""
+        self._pages.move_to_end(name)
+        self._in_use.add(name)
+
+    def settle(self) -> None:
+        """The moves named so far are in a plan; later plans may give their pages up, for steps run in order."""
+        self._in_use.clear()
+
+    def place(self, name: bytes) -> int | None:
+        """A page to copy that content to; None if it is here already, or if no page can be given up."""
+        if name in self._pages:
+            return None
+        if self._blank:
+            page = self._blank.pop()
+        else:
+            oldest = next(iter(self._pages), None)
+            if oldest is None or oldest in self._in_use:
+                return None
+            page = self._pages.pop(oldest)
+        self._pages[name] = page
+        self._in_use.add(name)
+        return page
+
+    def clear(self) -> None:
+        """Give up every page."""
+        self._blank.extend(self._pages.values())
+        self._pages.clear()
+
+
+class PrefixCache:
+    """Names of pages in both tiers."""
+
+    def __init__(self, pool: BlockPool, block_size: int, num_host_pages: int = 0, enabled: bool = True) -> None:
+        self.pool = pool
+        self.block_size = block_size
+        self.enabled = enabled
+        self.host = HostTier(num_host_pages)
+        self._swap_out: list[PageMove] = []
+        self._pages: dict[bytes, int] = {}
+        self._names: dict[int, bytes] = {}
+
+    def match(self, sequence: Sequence) -> Match:
+        """What is cached of the sequence's beginning, leaving at least its last token to compute."""
+        match = Match()
+        if not self.enabled or sequence.request.sampling.prompt_logprobs is not None:
+            return match  # the logits of every prompt token are wanted, so all of them must be computed
+        for name in self._page_names(sequence, (len(sequence.token_ids) - 1) // self.block_size):
+            page = self._pages.get(name)
+            host_page = self.host.find(name)
+            if page is not None and not match.host_pages:
+                match.device_pages.append(page)
+            elif host_page is not None:
+                match.host_pages.append(host_page)
+            else:
+                break
+        return match
+
+    def take(self, sequence: Sequence, match: Match) -> list[PageMove]:
+        """Give the sequence the matched pages; returns the moves (host page, device page) that this needs."""
+        for page in match.device_pages:
+            self.pool.share(page)
+        sequence.page_ids = list(match.device_pages)
+        first = len(match.device_pages)
+        names = sequence.page_hashes[first : first + len(match.host_pages)]
+        for name in names:
+            self.host.touch(name)
+        swap_in: list[PageMove] = []
+        for name, host_page in zip(names, match.host_pages, strict=True):
+            page = self.allocate()
+            swap_in.append((host_page, page))
+            sequence.page_ids.append(page)
+            self._name(page, name)
+        return swap_in
+
+    def allocate(self) -> int:
+        """A page to write; the name of what it held, if any, moves to the host tier."""
+        page, was_kept = self.pool.allocate()
+        if was_kept:
+            name = self._names.pop(page)
+            del self._pages[name]
+            host_page = self.host.place(name)
+            if host_page is not None:
+                self._swap_out.append((page, host_page))
+        return page
+
+    def take_swap_out(self) -> list[PageMove]:
+        """The moves (device page, host page) that allocations since the last call need; they belong in this plan."""
+        moves, self._swap_out = self._swap_out, []
+        self.host.settle()
+        return moves
+
+    def register(self, sequence: Sequence, start: int, end: int) -> None:
+        """Name the pages that tokens ``start`` to ``end - 1``, computed now, have filled."""
+        first, last = start // self.block_size, end // self.block_size
+        if not self.enabled or not sequence.page_ids or first == last:
+            return
+        names = self._page_names(sequence, last)
+        for index in range(first, last):
+            self._name(sequence.page_ids[index], names[index])
+
+    def forget(self, sequence: Sequence) -> None:
+        """Take away the names of the pages that only this sequence has."""
+        for page in sequence.page_ids:
+            if page in self._names and self.pool.num_references(page) == 1:
+                self._unname(page)
+
+    def reset(self) -> int:
+        """Forget every page that no sequence has, in both tiers; returns how many device pages that were."""
+        idle = [page for page in self._names if self.pool.num_references(page) == 0]
+        for page in idle:
+            self._unname(page)
+        self.host.clear()
+        return len(idle)
+
+    def _name(self, page: int, name: bytes) -> None:
+        if name in self._pages or page in self._names:
+            return  # the same content was computed twice, or this page was shared: the first name stands
+        self._pages[name] = page
+        self._names[page] = name
+        self.pool.keep(page)
+
+    def _unname(self, page: int) -> None:
+        del self._pages[self._names.pop(page)]
+        self.pool.forget(page)
+
+    def _page_names(self, sequence: Sequence, num_pages: int) -> list[bytes]:
+        names = sequence.page_hashes
+        if len(names) < num_pages:
+            size = self.block_size
+            start = len(names) * size
+            tokens = np.asarray(sequence.token_ids[start : num_pages * size], dtype=np.uint32).tobytes()
+            previous = names[-1] if names else blake2b(sequence.request.cache_salt.encode(), digest_size=16).digest()
+            for offset in range(0, len(tokens), size * 4):
+                previous = blake2b(previous + tokens[offset : offset + size * 4], digest_size=16).digest()
+                names.append(previous)
+        return names[:num_pages]
