@@ -1,0 +1,48 @@
+"""Conversations and tools as OpenAI's API writes them, to messages of the public contract."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from weft.inference.v1 import inference_pb2 as pb
+from weft.inference.v1 import output_pb2
+
+# The message itself, or a dict as in OpenAI's API: role, content, name, tool_calls, tool_call_id.
+MessageLike = pb.Message | Mapping[str, Any]
+# The tool itself, or a dict as in OpenAI's API: {"type": "function", "function": {…}}.
+ToolLike = pb.Tool | Mapping[str, Any]
+
+
+def as_message(message: MessageLike) -> pb.Message:
+    """A message; content in parts is joined, and every part must be text. Raises TypeError, ValueError, KeyError."""
+    if isinstance(message, pb.Message):
+        return message
+    fields = dict(message)
+    content = fields.pop("content", None) or ""
+    if not isinstance(content, str):
+        content = "".join(part["text"] for part in content)
+    calls = [_as_tool_call(call) for call in fields.pop("tool_calls", None) or ()]
+    return pb.Message(content=content, tool_calls=calls, **fields)
+
+
+def as_tool(tool: ToolLike) -> pb.Tool:
+    """A tool; its parameters become JSON text."""
+    if isinstance(tool, pb.Tool):
+        return tool
+    fields = dict(tool["function"])
+    parameters = fields.pop("parameters", None)
+    return pb.Tool(parameters="" if parameters is None else json.dumps(parameters), **fields)
+
+
+def as_tool_choice(choice: str | Mapping[str, Any]) -> pb.ToolChoice:
+    """A rule ("none", "auto", "required") or a function. Raises ValueError for another rule."""
+    if isinstance(choice, str):
+        return pb.ToolChoice(mode=f"MODE_{choice.upper()}")
+    return pb.ToolChoice(name=choice["function"]["name"])
+
+
+def _as_tool_call(call: Mapping[str, Any]) -> output_pb2.ToolCall:
+    function = call["function"]
+    return output_pb2.ToolCall(id=call.get("id"), name=function["name"], arguments=function["arguments"])

@@ -1,0 +1,119 @@
+"""What the clients raise.
+
+WeftError                 any error of a service: code, reason, field, retry_after
+├── InvalidRequest        INVALID_ARGUMENT, OUT_OF_RANGE       a field is out of range; also a ValueError
+├── Unauthenticated       UNAUTHENTICATED, PERMISSION_DENIED   no key, or a wrong one
+├── NotFound              NOT_FOUND                            no such model
+├── Unsupported           UNIMPLEMENTED                        the feature that `field` asks for is not offered
+├── Overloaded            RESOURCE_EXHAUSTED                   too much is queued
+├── Unavailable           UNAVAILABLE                          no service there, or it has no backend, or it drains
+├── DeadlineExceeded      DEADLINE_EXCEEDED                    the time is over; also a TimeoutError
+└── Cancelled             CANCELLED                            the call was cancelled
+StartError                a service that `LLM` or `weft serve` started did not become ready, or ended
+
+Statuses without a class of their own raise WeftError itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+
+_DETAILS_KEY = "grpc-status-details-bin"
+
+
+class WeftError(Exception):
+    """A service answered with an error status."""
+
+    def __init__(
+        self,
+        message: str,
+        code: grpc.StatusCode = grpc.StatusCode.UNKNOWN,
+        reason: str = "",
+        field: str = "",
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason  # stable cause in capitals, for example "INVALID_FIELD"
+        self.field = field  # path of the field at fault, for example "sampling.top_p"
+        self.retry_after = retry_after  # seconds after which a retry makes sense
+
+
+class InvalidRequest(WeftError, ValueError):
+    """A field of the request is out of range."""
+
+
+class NotFound(WeftError):
+    """There is no such model."""
+
+
+class Unsupported(WeftError):
+    """The request asks for a feature that is not offered."""
+
+
+class Unauthenticated(WeftError):
+    """The request lacks a key, or its key does not allow it."""
+
+
+class Overloaded(WeftError):
+    """Too much is queued; ``retry_after`` says when to come back."""
+
+
+class Unavailable(WeftError):
+    """There is no service at the address, or it has no backend, or it drains."""
+
+
+class DeadlineExceeded(WeftError, TimeoutError):
+    """The deadline passed first."""
+
+
+class Cancelled(WeftError):
+    """The call was cancelled."""
+
+
+class StartError(RuntimeError):
+    """A service did not become ready, or ended; the message holds the last lines it wrote."""
+
+
+_CLASSES: dict[grpc.StatusCode, type[WeftError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
+    grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.UNIMPLEMENTED: Unsupported,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: Unauthenticated,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: Cancelled,
+}
+
+
+def from_rpc_error(error: Any) -> WeftError:
+    """The typed error of a ``grpc.RpcError``, sync or aio, with what its google.rpc details say."""
+    code: grpc.StatusCode = error.code()
+    reason, field, retry_after = "", "", None
+    for detail in _details(error):
+        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+            reason = _unpack(detail, error_details_pb2.ErrorInfo()).reason
+        elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
+            violations = _unpack(detail, error_details_pb2.BadRequest()).field_violations
+            field = violations[0].field if violations else ""
+        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            retry_after = _unpack(detail, error_details_pb2.RetryInfo()).retry_delay.ToTimedelta().total_seconds()
+    return _CLASSES.get(code, WeftError)(error.details() or code.name, code, reason, field, retry_after)
+
+
+def _details(error: Any) -> list[Any]:
+    for key, value in error.trailing_metadata() or ():
+        if key == _DETAILS_KEY:
+            return list(status_pb2.Status.FromString(value).details)
+    return []
+
+
+def _unpack(detail: Any, message: Any) -> Any:
+    detail.Unpack(message)
+    return message
