@@ -1,0 +1,55 @@
+# Every target works from a fresh clone: it makes the virtual environment it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STUBS := clients/python
+PROTOS := $(shell cd protos && find weft -name '*.proto' | sort)
+SERVICES := weft/engine/v1/engine.proto weft/inference/v1/inference.proto
+
+.DEFAULT_GOAL := help
+.PHONY: help demo serve test check test-gpu stubs k8s clean
+
+help: ## List the targets
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+demo: $(VENV)/run ## Start both services, stream one answer over gRPC and one over HTTP, print tokens/s, exit
+	$(BIN)/weft demo
+
+serve: $(VENV)/run ## Serve the built-in model on :8000 (HTTP) and :50051 (gRPC)
+	$(BIN)/weft serve
+
+test: $(VENV)/test ## Run the tests
+	$(BIN)/pytest
+
+test-gpu: ## Run the tests that need an NVIDIA GPU, with the python3 that has torch
+	PYTHONPATH=clients/python:frontend:backend:kernels $(PYTHON) -m pytest -m gpu
+
+check: $(VENV)/test ## Run the linters, the types, the import contracts, and compare the stubs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint protos
+	@scratch=$$(mktemp -d) && $(MAKE) --no-print-directory stubs STUBS=$$scratch && \
+	for part in engine inference; do diff -r -x __pycache__ -x __init__.py $$scratch/weft/$$part clients/python/weft/$$part || \
+	{ echo "The stubs are out of date: run make stubs" >&2; exit 1; }; done && rm -r $$scratch && echo "The stubs are up to date"
+
+stubs: $(VENV)/test ## Generate the Python stubs from protos/
+	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=$(STUBS) --pyi_out=$(STUBS) $(PROTOS)
+	$(BIN)/python -m grpc_tools.protoc -I protos --grpc_python_out=$(STUBS) $(SERVICES)
+
+k8s: ## Build the Kubernetes manifests
+	kubectl kustomize k8s/base
+
+clean: ## Remove what the targets made
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+
+$(VENV)/run: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all]'
+	touch $@
+
+$(VENV)/test: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,check]'
+	touch $@
