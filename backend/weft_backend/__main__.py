@@ -1,0 +1,91 @@
+"""``python -m weft_backend [MODEL]``: the command line of a backend."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+
+import click
+
+from weft_backend.config import BUILTIN_MODEL, BUILTIN_MODEL_NAME, BackendConfig, EngineConfig
+from weft_backend.errors import EngineDied, StartupError
+from weft_backend.server import serve
+
+_NO_REMOTE_CODE = (
+    "--trust-remote-code is not needed and not supported: every model is implemented in this package, "
+    "and code from a checkpoint is never executed"
+)
+
+
+@click.command(context_settings={"show_default": True, "max_content_width": 120})
+@click.argument("model", default="")
+@click.option("--served-model-name", help="Name clients use for the model.  [default: last part of MODEL]")
+@click.option("--host", default="127.0.0.1", help="Address to bind. There is no authentication: think before 0.0.0.0.")
+@click.option("--port", default=50052, help="gRPC port.")
+@click.option("--listen", metavar="unix:/PATH", help="Bind a Unix socket instead of a port.")
+@click.option("--metrics-port", default=9400, help="HTTP port of /metrics; 0: none.")
+@click.option("--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16", "float16"]))
+@click.option("--device", default="auto", type=click.Choice(["auto", "cuda", "cpu"]))
+@click.option(
+    "--max-model-len",
+    type=int,
+    help="Prompt and output tokens, at most.  [default: what the model can and memory holds]",
+)
+@click.option(
+    "--load-format", default="auto", type=click.Choice(["auto", "safetensors", "dummy"]), help="dummy: random weights."
+)
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--download-dir", help="Folder for downloads.  [default: the hub's cache]")
+@click.option("--block-size", default=16, help="Tokens per page of the KV cache.")
+@click.option("--num-pages", type=int, help="Pages of the KV cache.  [default: what memory holds]")
+@click.option("--gpu-memory-utilization", default=0.9, help="Share of the GPU's memory to use.")
+@click.option("--swap-space", default=0.0, help="GiB of host memory for cached prefixes.")
+@click.option("--max-num-seqs", default=256, help="Sequences that run at once.")
+@click.option("--max-num-batched-tokens", default=8192, help="Tokens per step.")
+@click.option(
+    "--max-queued-tokens", type=int, help="Prompt tokens that may wait before requests are refused.  [default: 2097152]"
+)
+@click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True, help="Keep the KV cache of prompts.")
+@click.option("--enforce-eager", is_flag=True, help="Use no CUDA graphs.")
+@click.option("--seed", type=int, help="Seed of requests that name none, and of dummy weights.  [default: drawn]")
+@click.option("--tensor-parallel-size", default=1, help="GPUs per model; only 1 so far.")
+@click.option("--drain-timeout", default=30.0, help="Seconds that running requests get at SIGTERM.")
+@click.option("--watchdog-timeout", default=60.0, help="Seconds without a step after which the engine is ended.")
+@click.option("--trust-remote-code", is_flag=True, hidden=True)
+def main(
+    model: str,
+    served_model_name: str | None,
+    host: str,
+    port: int,
+    listen: str | None,
+    metrics_port: int,
+    drain_timeout: float,
+    watchdog_timeout: float,
+    trust_remote_code: bool,
+    **engine: object,
+) -> None:
+    """Serve MODEL, a folder or a Hugging Face id, over gRPC (weft.engine.v1).
+
+    Without MODEL it is the built-in weft-tiny.
+    """
+    if trust_remote_code:
+        raise click.UsageError(_NO_REMOTE_CODE)
+    name = served_model_name or (Path(model).name if model else BUILTIN_MODEL_NAME)
+    logging.basicConfig(level=logging.WARNING, format="weft: %(message)s")
+    try:
+        config = BackendConfig(
+            engine=EngineConfig(model=model or str(BUILTIN_MODEL), served_model_name=name, **engine),  # type: ignore[arg-type]
+            address=listen or f"{host}:{port}",
+            metrics_address=(host, metrics_port) if metrics_port else None,
+            drain_timeout=drain_timeout,
+            watchdog_timeout=watchdog_timeout,
+        )
+        asyncio.run(serve(config))
+    except (StartupError, EngineDied) as error:
+        sys.exit(f"weft: {error}")
+
+
+if __name__ == "__main__":
+    main(prog_name="weft backend")

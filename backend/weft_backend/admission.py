@@ -1,0 +1,78 @@
+"""From a submit to a request: defaults filled in, lengths resolved."""
+
+from __future__ import annotations
+
+import random
+
+from google.rpc.code_pb2 import RESOURCE_EXHAUSTED
+
+from weft.engine.v1.engine_pb2 import TokenRequest
+from weft.engine.v1.model_pb2 import ModelCard
+from weft.engine.v1.sampling_pb2 import SamplingParams
+from weft_backend.errors import Refusal
+from weft_backend.sequence import Request, Sampling
+
+_MIN_RETRY_MS, _MAX_RETRY_MS = 100, 30_000
+
+
+def make_request(
+    session: int, slot: int, message: TokenRequest, card: ModelCard, seeds: random.Random, now: float
+) -> Request:
+    """The request that a checked ``message`` asks for. Args: ``now`` is time.monotonic()."""
+    prompt = list(message.prompt_token_ids)
+    room = card.max_model_len - len(prompt) + message.num_resumed_tokens
+    return Request(
+        session=session,
+        slot=slot,
+        request_id=message.request_id,
+        prompt_token_ids=prompt,
+        sampling=resolve_sampling(message.sampling, card, room, seeds),
+        num_resumed_tokens=message.num_resumed_tokens,
+        priority=message.priority,
+        cache_salt=message.cache_salt,
+        arrival_time=now,
+        deadline=now + message.timeout_ms / 1000 if message.HasField("timeout_ms") else None,
+    )
+
+
+def resolve_sampling(params: SamplingParams, card: ModelCard, room: int, seeds: random.Random) -> Sampling:
+    """Sampling with the contract's defaults for what is unset. Args: ``room`` is the most max_tokens can be."""
+    defaults = Sampling()
+
+    def value_or(name: str, default: float) -> float:
+        return float(getattr(params, name)) if params.HasField(name) else default
+
+    stop_token_ids = dict.fromkeys(params.stop_token_ids)
+    if not params.ignore_eos:
+        stop_token_ids |= dict.fromkeys(card.eos_token_ids)
+    return Sampling(
+        temperature=value_or("temperature", defaults.temperature),
+        top_p=value_or("top_p", defaults.top_p),
+        top_k=max(params.top_k, 0),
+        min_p=params.min_p,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=value_or("repetition_penalty", defaults.repetition_penalty),
+        seed=params.seed if params.HasField("seed") else seeds.getrandbits(63),
+        n=params.n if params.HasField("n") else 1,
+        stop_token_ids=tuple(stop_token_ids),
+        min_tokens=params.min_tokens,
+        max_tokens=min(params.max_tokens, room) if params.HasField("max_tokens") else room,
+        logprobs=params.logprobs if params.HasField("logprobs") else None,
+        prompt_logprobs=params.prompt_logprobs if params.HasField("prompt_logprobs") else None,
+        logit_bias=dict(params.logit_bias),
+        allowed_token_ids=tuple(params.allowed_token_ids),
+    )
+
+
+def check_queue(num_new: int, num_queued: int, card: ModelCard, tokens_per_second: float) -> None:
+    """Raises Refusal if ``num_new`` prompt tokens are too many beside those that wait."""
+    if num_queued + num_new <= card.limits.max_queued_tokens:
+        return
+    retry_ms = int(1000 * num_queued / max(tokens_per_second, 1.0))
+    raise Refusal(
+        RESOURCE_EXHAUSTED,
+        "QUEUE_FULL",
+        f"{num_queued} prompt tokens are waiting; the limit is {card.limits.max_queued_tokens} (--max-queued-tokens)",
+        retry_after_ms=min(max(retry_ms, _MIN_RETRY_MS), _MAX_RETRY_MS),
+    )

@@ -1,0 +1,75 @@
+"""Configuration of a backend, frozen. ``weft_backend.__main__`` makes it from the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from weft_backend.errors import StartupError
+
+BUILTIN_MODEL = Path(__file__).parent / "weft_tiny"
+BUILTIN_MODEL_NAME = "weft-tiny"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the engine process needs to know. Fields whose 0 or None means "fit" are resolved by the engine process."""
+
+    model: str = str(BUILTIN_MODEL)  # a folder or a hub id
+    served_model_name: str = BUILTIN_MODEL_NAME
+    revision: str | None = None
+    download_dir: str | None = None
+    load_format: str = "auto"  # auto, safetensors or dummy
+    device: str = "auto"  # auto, cuda or cpu
+    dtype: str = "auto"  # auto, float32, bfloat16 or float16
+    max_model_len: int | None = None  # None: the model's, or what fits into memory
+    block_size: int = 16  # tokens per page
+    num_pages: int | None = None  # None: what fits into memory
+    gpu_memory_utilization: float = 0.9  # share of the device's memory to use
+    swap_space: float = 0.0  # GiB of host memory for prefixes that leave the device
+    max_num_batched_tokens: int = 8192  # per step
+    max_num_seqs: int = 256
+    max_queued_tokens: int | None = None  # None: the limit of weft.limits
+    enable_prefix_caching: bool = True
+    enforce_eager: bool = False  # no CUDA graphs
+    seed: int | None = None  # of dummy weights and of requests that name none; None: drawn
+    tensor_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tensor_parallel_size != 1:
+            raise StartupError(
+                f"--tensor-parallel-size {self.tensor_parallel_size}: only 1 is supported; "
+                "start one backend per GPU instead and give the frontend all of them"
+            )
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise StartupError(f"--gpu-memory-utilization {self.gpu_memory_utilization}: must be in (0, 1]")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise StartupError(
+                f"--max-num-batched-tokens {self.max_num_batched_tokens} is below --max-num-seqs {self.max_num_seqs}: "
+                "each running sequence needs a token a step"
+            )
+
+    def to_json(self) -> str:
+        """Text that ``from_json`` reads; how the engine process is told."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> EngineConfig:
+        """The configuration that ``to_json`` wrote."""
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True, slots=True)
+class BackendConfig:
+    """What the I/O process needs to know. Times are seconds."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    address: str = "127.0.0.1:50052"  # host:port or unix:/path
+    metrics_address: tuple[str, int] | None = None  # None: no metrics
+    drain_timeout: float = 30.0
+    watchdog_timeout: float = 60.0  # without an engine step while requests are open, after which the engine is killed
+    heartbeat_interval: float = 5.0  # of silence from us on a session, after which a heartbeat is sent
+    session_timeout: float = 20.0  # of silence from a frontend, after which its session ends
+    ack_window: int = 1024  # step frames a frontend may leave unacknowledged; 10 s of 10 ms steps
