@@ -1,0 +1,178 @@
+"""Offline inference in vLLM's names: a private service, or one that runs already, behind one object."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Sequence
+from typing import Unpack, cast
+
+from weft.batches import Batch, Budget, for_each, make_batches
+from weft.calls import PromptLike, TemplateOptions, as_list, prompt_parts
+from weft.connection import Connection
+from weft.conversation import MessageLike
+from weft.engine.v1.model_pb2 import ModelCard
+from weft.errors import Overloaded
+from weft.inference.v1.inference_pb2 import Model
+from weft.limits import check_token_ids
+from weft.outputs import CompletionOutput, RequestOutput
+from weft.progress import Progress
+from weft.sampling_params import SamplingParams
+from weft.services import flags
+
+ParamsLike = SamplingParams | Sequence[SamplingParams] | None
+
+_MAX_TOKENIZE_CALLS = 32  # under way at once
+_MAX_STREAMS = 1024
+_OVERLOAD_WAIT = 1.0  # seconds, where the service names none
+
+
+class LLM:
+    """A model to run prompts through.
+
+    ``LLM(model)`` starts a private backend and frontend, joined by a Unix socket; ``model`` is a folder or a hub id, by
+    default the built-in model, and ``engine_options`` are the flags of ``weft backend`` (``dtype="float32"``,
+    ``max_num_seqs=8``, …). ``LLM(target="host:port")`` joins a running service, where ``model`` is a served name.
+
+    Raises StartError with the service's own last lines if it does not start, ValueError for a bad request, and the
+    errors of ``weft.errors``. Use it as a context manager, call ``close()``, or let it go: its services end with it.
+    """
+
+    def __init__(self, model: str | None = None, *, target: str | None = None, **engine_options: object) -> None:
+        if target is not None and engine_options:
+            raise TypeError(f"engine options have no effect on a running service: {', '.join(engine_options)}")
+        self._connection = Connection()
+        self._finalizer = weakref.finalize(self, self._connection.close)
+        try:
+            if target is None:
+                models = self._connection.start([*([model] if model else []), *flags(engine_options)])
+                self._model = _pick(models, None)
+            else:
+                self._model = _pick(self._connection.join(target), model)
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        sampling_params: ParamsLike = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete prompts: text, token ids, or dicts with "prompt" or "prompt_token_ids"; outputs are in their order.
+
+        ``sampling_params``: one for all, one for each, or None for the model's defaults and 16 tokens.
+        """
+        return self._connection.run(self._generate(as_list(prompts), sampling_params, use_tqdm))
+
+    def chat(
+        self,
+        messages: Sequence[MessageLike] | Sequence[Sequence[MessageLike]],
+        sampling_params: ParamsLike = None,
+        use_tqdm: bool = True,
+        **options: Unpack[TemplateOptions],
+    ) -> list[RequestOutput]:
+        """Answer a conversation or several through the model's template; otherwise as ``generate``."""
+        nested = bool(messages) and isinstance(messages[0], Sequence)
+        conversations = cast("Sequence[Sequence[MessageLike]]", messages if nested else [messages])
+        return self._connection.run(self._chat(conversations, sampling_params, use_tqdm, options))
+
+    def close(self) -> None:
+        """End the connection and the private services. Closing again does nothing."""
+        self._finalizer()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    async def _generate(self, prompts: Sequence[PromptLike], params: ParamsLike, use_tqdm: bool) -> list[RequestOutput]:
+        async def tokenize(prompt: PromptLike) -> _Prompt:
+            text, token_ids = prompt_parts(prompt)
+            if token_ids is None:
+                answer = await self._connection.client.tokenize(text or "", model=self._model.id)
+                token_ids = answer.token_ids
+            return text, list(token_ids)
+
+        return await self._complete(await for_each(tokenize, prompts, _MAX_TOKENIZE_CALLS), params, use_tqdm)
+
+    async def _chat(
+        self,
+        conversations: Sequence[Sequence[MessageLike]],
+        params: ParamsLike,
+        use_tqdm: bool,
+        options: TemplateOptions,
+    ) -> list[RequestOutput]:
+        chosen: TemplateOptions = {**options, "model": self._model.id}
+
+        async def tokenize(conversation: Sequence[MessageLike]) -> _Prompt:
+            return None, list((await self._connection.client.tokenize_chat(conversation, **chosen)).token_ids)
+
+        return await self._complete(await for_each(tokenize, conversations, _MAX_TOKENIZE_CALLS), params, use_tqdm)
+
+    async def _complete(self, prompts: Sequence[_Prompt], params: ParamsLike, use_tqdm: bool) -> list[RequestOutput]:
+        each = _one_each(params, len(prompts))
+        self._check(prompts)
+        outputs = [
+            RequestOutput(str(index), text, token_ids, [CompletionOutput(n) for n in range(_num_choices(param))])
+            for index, ((text, token_ids), param) in enumerate(zip(prompts, each, strict=True))
+        ]
+        budget = Budget()
+        with Progress(len(outputs), use_tqdm) as progress:
+
+            async def run(batch: Batch) -> None:
+                async with budget.reserve(batch.cost):
+                    while not await self._stream(batch, [outputs[index] for index in batch.indexes], progress):
+                        pass
+
+            await for_each(run, make_batches([len(ids) for _, ids in prompts], each), _MAX_STREAMS)
+        return outputs
+
+    def _check(self, prompts: Sequence[_Prompt]) -> None:
+        """Check prompts here, where their place in the caller's list is known."""
+        card = ModelCard(vocab_size=self._model.vocab_size, max_model_len=self._model.max_model_len)
+        for index, (_, token_ids) in enumerate(prompts):
+            check_token_ids(token_ids, card, f"prompts[{index}]")
+
+    async def _stream(self, batch: Batch, outputs: list[RequestOutput], progress: Progress) -> bool:
+        """Run a batch to its end; False if the service had no room for it, and it must be sent again."""
+        num_choices, started = len(outputs[0].outputs), False
+        prompts = [output.prompt_token_ids for output in outputs]
+        try:
+            async for message in self._connection.client.stream_generate(prompts, batch.params, model=self._model.id):
+                started = True
+                for choice in message.choices:
+                    output = outputs[choice.index // num_choices]
+                    output.add(choice, choice.index % num_choices)
+                    progress.add(len(choice.token_ids), bool(choice.finish_reason) and output.finished)
+        except Overloaded as error:
+            if started:
+                raise
+            await asyncio.sleep(error.retry_after or _OVERLOAD_WAIT)
+            return False
+        return True
+
+
+_Prompt = tuple[str | None, list[int]]  # text, if it was given, and token ids
+
+
+def _pick(models: Sequence[Model], name: str | None) -> Model:
+    names = [model.id for model in models]
+    if name is None and len(models) == 1:
+        return models[0]
+    if name not in names:
+        raise ValueError(f"model: must be one of those served here: {', '.join(names)}")
+    return models[names.index(name)]
+
+
+def _one_each(params: ParamsLike, num_prompts: int) -> list[SamplingParams | None]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * num_prompts
+    if len(params) != num_prompts:
+        raise ValueError(f"sampling_params: {len(params)} for {num_prompts} prompts")
+    return list(params)
+
+
+def _num_choices(params: SamplingParams | None) -> int:
+    return (params.n if params else None) or 1
