@@ -52,6 +52,7 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    embed_size: int  # width of the token embeddings; hidden_size but for OPT-350m
     max_model_len: int  # tokens of prompt and answer together
     norm_eps: float
     tie_word_embeddings: bool
@@ -68,7 +69,6 @@ class ModelConfig:
     packed_qkv: bool = False  # the checkpoint holds queries, keys and values as one W_pack
     normalized_head: bool = False  # rows of the output matrix are scaled to length 1
     num_positions: int = 0  # learned position embeddings; 0: none
-    embed_size: int = 0  # width of the token embeddings; 0: hidden_size
     post_norm: bool = False  # norms stand after attention and MLP instead of before them
 
 
@@ -118,6 +118,7 @@ def _common(fields: Fields) -> dict[str, Any]:
     return {
         "vocab_size": fields.count("vocab_size"),
         "hidden_size": hidden_size,
+        "embed_size": hidden_size,
         "num_layers": fields.count("num_hidden_layers"),
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
