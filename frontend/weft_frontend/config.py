@@ -15,12 +15,13 @@ class FrontendConfig:
     host: str = "0.0.0.0"
     http_port: int | None = 8000  # None: no HTTP
     grpc_port: int | None = 50051  # None: no gRPC
+    grpc_listen: str | None = None  # replaces host and grpc_port: host:port or unix:/path
     workers: int = 1  # processes that share the ports
     served_model_names: Mapping[str, str] = field(default_factory=dict)  # public name -> backend's name; empty: all,
     # under their own names
     chat_template: Path | None = None  # replaces the template of every model
     trust_request_chat_template: bool = False  # render templates that requests bring
-    max_request_bytes: int = 32 << 20  # HTTP body or gRPC message
+    max_request_bytes: int = 4 << 20  # HTTP body or gRPC message; parsing 4 MiB of JSON numbers takes about 80 ms
     request_timeout: float | None = None  # seconds; the default deadline of a request
     api_keys: frozenset[str] = frozenset()  # empty: no authentication
     drain_timeout: float = 30.0  # seconds that running requests get after SIGTERM
@@ -28,10 +29,17 @@ class FrontendConfig:
     def __post_init__(self) -> None:
         if not self.backends:
             raise ValueError("a frontend needs at least one backend: --backend HOST:PORT")
-        if self.http_port is None and self.grpc_port is None:
-            raise ValueError("both protocols are off: give --http-port or --grpc-port")
+        if self.http_port is None and self.grpc_address is None:
+            raise ValueError("both protocols are off: give --port or --grpc-port")
         if self.workers < 1:
             raise ValueError(f"--workers must be at least 1, not {self.workers}")
+        if self.workers > 1 and (self.grpc_listen or "").startswith("unix:"):
+            raise ValueError("a Unix socket cannot be shared: give --workers 1")
+
+    @property
+    def grpc_address(self) -> str | None:
+        """Where gRPC listens; None: nowhere."""
+        return self.grpc_listen or (f"{self.host}:{self.grpc_port}" if self.grpc_port is not None else None)
 
 
 def parse_served_model_names(names: tuple[str, ...]) -> dict[str, str]:
