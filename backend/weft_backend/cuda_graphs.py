@@ -36,13 +36,13 @@ class _Bucket:
 class DecodeGraphs:
     """Captures decode steps on construction; the functions must neither wait for the device nor upload anything."""
 
-    def __init__(self, forward: Forward, sample: Sample, max_num_seqs: int, padding_row: int, hidden: Tensor) -> None:
-        """``hidden`` is ``[max_num_seqs, H]``: where hidden states go, in every bucket."""
-        device = hidden.device
-        self._hidden = hidden
+    def __init__(
+        self, forward: Forward, sample: Sample, max_num_seqs: int, padding_row: int, device: torch.device
+    ) -> None:
         self._padding_row = padding_row
         self._rows = torch.full((max_num_seqs,), padding_row, dtype=torch.int32, device=device)
         self._starts = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        self._hidden = torch.empty_like(forward(self._rows, self._starts))
         self._buckets: dict[int, _Bucket] = {}
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(bucket_sizes(max_num_seqs)):  # the largest first: the others then fit into its memory

@@ -91,7 +91,6 @@ class ModelRunner:
         *,
         page_shape: PageShape,
         vocab_size: int,
-        hidden_size: int,
         device: torch.device,
         max_model_len: int,
         max_num_seqs: int,
@@ -132,7 +131,7 @@ class ModelRunner:
         plan.check_room(self.max_model_len)
         self._cache = KVCache(page_shape, plan.num_pages, plan.num_host_pages, device)
         if device.type == "cuda" and not enforce_eager:
-            self._graphs = self._capture(hidden_size, page_shape.dtype)
+            self._graphs = self._capture()
 
     @property
     def num_pages(self) -> int:
@@ -295,9 +294,9 @@ class ModelRunner:
         return launched
 
     @torch.inference_mode()
-    def _capture(self, hidden_size: int, dtype: torch.dtype) -> DecodeGraphs:
+    def _capture(self) -> DecodeGraphs:
         def sample(hidden: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
             return self._sample(hidden, rows, starts + 1)[0]
 
-        hidden = torch.empty(self._max_num_seqs, hidden_size, dtype=dtype, device=self._device)
-        return DecodeGraphs(self._forward_decode, sample, self._max_num_seqs, self._state.padding_row, hidden)
+        padding_row = self._state.padding_row
+        return DecodeGraphs(self._forward_decode, sample, self._max_num_seqs, padding_row, self._device)

@@ -71,7 +71,6 @@ def make_runner(**overrides: Any) -> ModelRunner:
         ChecksumModel(),
         page_shape=SHAPE,
         vocab_size=VOCAB_SIZE,
-        hidden_size=1,
         device=CPU,
         **parameters | overrides,
     )

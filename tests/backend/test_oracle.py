@@ -1,0 +1,215 @@
+"""Scheduler, runner, models and the paged cache together give the ids that a dense model gives, token by token.
+
+Every family, in every situation that moves keys and values around, with and without launching a step ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import VOCAB_SIZE, make_checkpoint
+from driving import drive, generated, make_request
+from reference_models import greedy, load_reference
+
+from weft_backend.batch_state import stream_seed
+from weft_backend.kv_cache import PageShape
+from weft_backend.model_config import load_model_config
+from weft_backend.model_runner import LaunchedStep, ModelRunner
+from weft_backend.models import Model, load_model
+from weft_backend.scheduler import Scheduler
+from weft_backend.sequence import Request
+from weft_backend.step import StepPlan, StepResult
+
+CPU = torch.device("cpu")
+PAGE_SIZE = 8
+MAX_MODEL_LEN = 128
+PROMPT_LENS = (5, 23, 37, 12)
+FAMILIES = [
+    "llama",
+    "llama3-rope",
+    "llama-linear-rope",
+    "mistral",  # a sliding window of 8 tokens
+    "qwen2",
+    "qwen3",
+    "opt",
+    "opt-350m",
+    "baichuan-7b",
+    "baichuan2-13b",  # ALiBi
+]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny model, prompts, and the 64 ids that greedy decoding adds to each."""
+
+    model: Model
+    shape: PageShape
+    prompts: list[list[int]]
+    answers: list[list[int]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    path = make_checkpoint(request.param, tmp_path_factory.mktemp("checkpoints") / request.param, tokenizer=False)
+    return load_family(path)
+
+
+def load_family(path: Path) -> Family:
+    config = load_model_config(path)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist() for length in PROMPT_LENS]
+    reference = load_reference(path)
+    return Family(
+        model=load_model(config, path, device=CPU),
+        shape=PageShape(config.num_layers, config.num_kv_heads, PAGE_SIZE, config.head_dim, torch.float32),
+        prompts=prompts,
+        answers=[greedy(reference, prompt, 64) for prompt in prompts],
+    )
+
+
+class Engine:
+    """A scheduler and a runner of one size, and counts of what their plans did."""
+
+    def __init__(
+        self,
+        family: Family,
+        depth: int,
+        num_pages: int = 64,
+        num_host_pages: int = 0,
+        max_num_batched_tokens: int = 64,
+        max_model_len: int = MAX_MODEL_LEN,
+    ) -> None:
+        self.depth = depth
+        self.num_prefill_steps = self.num_swapped_in = self.num_copied = 0
+        self.runner = ModelRunner(
+            family.model,
+            page_shape=family.shape,
+            vocab_size=VOCAB_SIZE,
+            device=CPU,
+            max_model_len=max_model_len,
+            max_num_seqs=6,
+            max_num_batched_tokens=max_num_batched_tokens,
+            swap_space=num_host_pages * family.shape.num_bytes / (1 << 30),
+            num_pages=num_pages,
+        )
+        self.scheduler = Scheduler(
+            num_pages, PAGE_SIZE, 6, max_num_batched_tokens, max_model_len, self.runner.num_host_pages
+        )
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        self.num_prefill_steps += plan.num_decode_rows < len(plan.rows)
+        self.num_swapped_in += len(plan.page_moves.swap_in)
+        self.num_copied += len(plan.page_moves.copy)
+        return self.runner.launch(plan)
+
+    def collect(self, launched: LaunchedStep) -> StepResult:
+        return self.runner.collect(launched)
+
+    def run(self, prompts: list[list[int]], **sampling: Any) -> list[Request]:
+        requests = [make_request(prompt, **sampling) for prompt in prompts]
+        drive(self.scheduler, self, requests, self.depth)
+        return requests
+
+
+def assert_answers(requests: list[Request], answers: list[list[int]], num_tokens: int) -> None:
+    assert [generated(request) for request in requests] == [answer[:num_tokens] for answer in answers]
+
+
+depths = pytest.mark.parametrize("depth", [0, 1])
+
+
+@depths
+def test_alone(family: Family, depth: int) -> None:
+    engine = Engine(family, depth)
+    for prompt, answer in zip(family.prompts[:2], family.answers[:2], strict=True):
+        assert_answers(engine.run([prompt], max_tokens=64), [answer], 64)
+
+
+@depths
+def test_batched_with_others(family: Family, depth: int) -> None:
+    assert_answers(Engine(family, depth).run(family.prompts, max_tokens=32), family.answers, 32)
+
+
+@depths
+def test_in_chunks(family: Family, depth: int) -> None:
+    engine = Engine(family, depth, max_num_batched_tokens=7)
+    assert_answers(engine.run(family.prompts, max_tokens=16), family.answers, 16)
+    assert engine.num_prefill_steps >= sum(PROMPT_LENS) // 7
+
+
+@depths
+def test_with_prefix_hits(family: Family, depth: int) -> None:
+    engine = Engine(family, depth)
+    engine.run(family.prompts[1:3], max_tokens=16)
+    again = engine.run(family.prompts[1:3], max_tokens=24)
+    assert_answers(again, family.answers[1:3], 24)
+    assert [request.num_cached_tokens for request in again] == [16, 32]
+    longer = [prompt + answer[:16] for prompt, answer in zip(family.prompts[1:3], family.answers[1:3], strict=True)]
+    continued = engine.run(longer, max_tokens=16)
+    assert_answers(continued, [answer[16:] for answer in family.answers[1:3]], 16)
+    assert all(
+        request.num_cached_tokens > len(prompt) for request, prompt in zip(continued, family.prompts[1:3], strict=True)
+    )
+
+
+@depths
+def test_after_preemption(family: Family, depth: int) -> None:
+    engine = Engine(family, depth, num_pages=10, max_model_len=80)
+    requests = engine.run(family.prompts, max_tokens=40)
+    assert_answers(requests, family.answers, 40)
+    assert sum(request.num_preemptions for request in requests) > 0
+
+
+@depths
+def test_with_swapped_pages(family: Family, depth: int) -> None:
+    engine = Engine(family, depth, num_pages=10, num_host_pages=32, max_model_len=80)
+    for _ in range(2):
+        for prompt, answer in zip(family.prompts, family.answers, strict=True):
+            assert_answers(engine.run([prompt], max_tokens=24), [answer], 24)
+    assert engine.num_swapped_in > 0
+
+
+@depths
+def test_forks_are_requests_of_their_own(family: Family, depth: int) -> None:
+    sampling: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "max_tokens": 16}
+    engine = Engine(family, depth)
+    (forked,) = engine.run([family.prompts[1]], n=4, seed=5, **sampling)
+    choices = [generated(forked, choice) for choice in range(4)]
+    assert engine.num_copied > 0
+    assert len({tuple(choice) for choice in choices}) == 4
+    for choice in range(4):
+        (alone,) = Engine(family, 0).run([family.prompts[1]], seed=stream_seed(5, choice), **sampling)
+        assert generated(alone) == choices[choice]
+
+
+@depths
+def test_sampling_is_the_same_after_preemption_and_resumption(family: Family, depth: int) -> None:
+    sampling: dict[str, Any] = {
+        "temperature": 0.8,
+        "top_k": 40,
+        "seed": 3,
+        "max_tokens": 40,
+        "frequency_penalty": 0.3,
+        "repetition_penalty": 1.1,
+    }
+    whole = Engine(family, 0).run(family.prompts, **sampling)
+    small = Engine(family, depth, num_pages=10, max_model_len=80)
+    preempted = small.run(family.prompts, **sampling)
+    assert sum(request.num_preemptions for request in preempted) > 0
+    assert [generated(request) for request in preempted] == [generated(request) for request in whole]
+    resumed = make_request(family.prompts[0] + generated(whole[0])[:15], 15, **sampling)
+    drive(small.scheduler, small, [resumed], depth)
+    assert generated(resumed) == generated(whole[0])
