@@ -71,6 +71,7 @@ class EngineClient:
         self.epoch = 0
         self.load: LoadReport | None = None
         self.ready = False
+        self.was_ready = asyncio.Event()
         self._hello = pb.Hello(frontend_id=frontend_id, contract_version=CONTRACT_VERSION)
         self._on_welcome = on_welcome
         self._requests: dict[int, TokenSink] = {}
@@ -80,6 +81,7 @@ class EngineClient:
         self._unreported_tokens = 0  # prompt tokens submitted since the latest load report
         self._num_steps = 0
         self._ack_every = 1
+        self._logged_cause = ""
 
     @property
     def num_requests(self) -> int:
@@ -117,8 +119,7 @@ class EngineClient:
             try:
                 await self._session()
             except Exception as error:  # whatever it was, the next session starts from nothing
-                if self.ready or delay == MIN_BACKOFF_SECONDS:
-                    _log_loss(self.target, error)
+                self._log_loss(error)
                 delay = MIN_BACKOFF_SECONDS if self.ready else min(2 * delay, MAX_BACKOFF_SECONDS)
             finally:
                 self._lose_session()
@@ -174,6 +175,8 @@ class EngineClient:
         self._ack_every = max(1, welcome.ack_window // 4)
         await self._on_welcome(self, welcome.model)
         self.ready = True
+        self.was_ready.set()
+        self._logged_cause = ""
         logger.info("backend %s: ready with %s", self.target, welcome.model.name)
 
     async def _outgoing(self, outbox: asyncio.Queue[pb.SessionRequest]) -> AsyncIterator[pb.SessionRequest]:
@@ -225,6 +228,20 @@ class EngineClient:
         for sink in requests.values():
             sink.fail(_lost())
 
+    def _log_loss(self, error: Exception) -> None:
+        if isinstance(error, grpc.aio.AioRpcError):
+            cause = f"{error.code().name}: {error.details()}"
+        elif isinstance(error, TimeoutError):
+            cause = "silent for too long"
+        elif isinstance(error, _SessionBroken | BackendRefused):
+            cause = str(error)
+        else:
+            cause = "a fault of ours"
+            logger.error("backend %s: the session ended by a fault of ours", self.target, exc_info=error)
+        if cause != self._logged_cause:  # not again at every attempt to reconnect
+            logger.warning("backend %s: %s", self.target, cause)
+        self._logged_cause = cause
+
     def _free_slot(self) -> int:
         # In turn, not the lowest free one: frames about a cancelled request may still arrive for its slot.
         while self._next_slot in self._requests:
@@ -238,14 +255,3 @@ def _lost() -> WeftError:
     return Unavailable(
         "the backend was lost before the answer was complete", reason="BACKEND_LOST", retry_after_ms=RETRY_AFTER_MS
     )
-
-
-def _log_loss(target: str, error: Exception) -> None:
-    if isinstance(error, grpc.aio.AioRpcError):
-        logger.warning("backend %s: %s: %s", target, error.code().name, error.details())
-    elif isinstance(error, TimeoutError):
-        logger.warning("backend %s: silent for too long", target)
-    elif isinstance(error, _SessionBroken | BackendRefused):
-        logger.warning("backend %s: %s", target, error)
-    else:
-        logger.exception("backend %s: the session ended by a fault of ours", target, exc_info=error)
