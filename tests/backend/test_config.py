@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from click.testing import CliRunner
+
+from weft_backend import __main__ as cli
+from weft_backend.config import BUILTIN_MODEL, BackendConfig, EngineConfig
+from weft_backend.errors import EngineDied, StartupError
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., BackendConfig]:
+    """Parses a command line into the configuration that would be served."""
+
+    def run(*args: str) -> BackendConfig:
+        configs: list[BackendConfig] = []
+
+        async def serve(config: BackendConfig) -> None:
+            configs.append(config)
+
+        monkeypatch.setattr(cli, "serve", serve)
+        result = CliRunner().invoke(cli.main, args, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return configs[0]
+
+    return run
+
+
+def test_json_round_trip() -> None:
+    config = EngineConfig(model="m", num_pages=3, gpu_memory_utilization=0.5, seed=2**62)
+    assert EngineConfig.from_json(config.to_json()) == config
+
+
+def test_defaults_of_the_command_line_are_those_of_the_dataclasses(parse: Callable[..., BackendConfig]) -> None:
+    assert parse() == BackendConfig(metrics_address=("127.0.0.1", 9400))
+
+
+def test_builtin_model_is_the_default(parse: Callable[..., BackendConfig]) -> None:
+    engine = parse().engine
+    assert (engine.model, engine.served_model_name) == (str(BUILTIN_MODEL), "weft-tiny")
+
+
+@pytest.mark.parametrize(("model", "name"), [("org/some-model", "some-model"), ("/models/local/", "local")])
+def test_served_name_is_the_last_part_of_the_model(parse: Callable[..., BackendConfig], model: str, name: str) -> None:
+    assert parse(model).engine.served_model_name == name
+    assert parse(model, "--served-model-name", "alias").engine.served_model_name == "alias"
+
+
+def test_every_engine_field_has_a_flag(parse: Callable[..., BackendConfig]) -> None:
+    flags = {parameter.name for parameter in cli.main.params}
+    assert {field.name for field in dataclasses.fields(EngineConfig)} <= flags
+
+
+def test_listen_replaces_host_and_port(parse: Callable[..., BackendConfig]) -> None:
+    assert parse("--listen", "unix:/tmp/w.sock", "--metrics-port", "0") == BackendConfig(address="unix:/tmp/w.sock")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--trust-remote-code"], "never executed"),
+        (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2: only 1 is supported"),
+        (["--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization 1.5"),
+        (["--max-num-seqs", "100", "--max-num-batched-tokens", "64"], "below --max-num-seqs 100"),
+        (["--dtype", "int4"], "--dtype"),
+    ],
+)
+def test_bad_flags_are_refused_in_a_sentence(args: list[str], says: str) -> None:
+    result = CliRunner().invoke(cli.main, args)
+    assert result.exit_code != 0
+    assert says in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("error", [StartupError("no room (--num-pages)"), EngineDied("it was killed")])
+def test_a_failure_ends_with_one_line_and_a_status(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    async def serve(config: BackendConfig) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "serve", serve)
+    result = CliRunner().invoke(cli.main, [])
+    assert result.exit_code == 1
+    assert result.output == f"weft: {error}\n"
+
+
+def test_help_is_complete_and_short() -> None:
+    result = CliRunner().invoke(cli.main, ["--help"], terminal_width=120)
+    assert len(result.output.splitlines()) < 45
+    options = re.findall(r"^ +(--[a-z-]+)", result.output, re.MULTILINE)
+    assert len(options) == len(cli.main.params) - 1  # without MODEL and the hidden flag, with --help
+
+
+def test_the_io_process_imports_no_torch() -> None:
+    code = "import sys, weft_backend.__main__; sys.exit(bool({'torch', 'transformers', 'triton'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
