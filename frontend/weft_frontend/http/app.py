@@ -1,0 +1,42 @@
+"""The HTTP API as one ASGI application."""
+
+from __future__ import annotations
+
+from starlette.exceptions import HTTPException
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from weft_frontend.http import admin, openapi
+from weft_frontend.http.call import Endpoint, Handler, Services
+from weft_frontend.http.chat import chat_completions
+from weft_frontend.http.completions import completions
+from weft_frontend.http.guard import Guard
+from weft_frontend.http.plain import generate
+from weft_frontend.http.text import detokenize, tokenize
+
+ROUTES: tuple[tuple[str, str, Handler], ...] = (
+    ("POST", "/v1/chat/completions", chat_completions),
+    ("POST", "/v1/completions", completions),
+    ("GET", "/v1/models", admin.list_models),
+    ("GET", "/v1/models/{model:path}", admin.get_model),
+    ("POST", "/generate", generate),
+    ("POST", "/tokenize", tokenize),
+    ("POST", "/detokenize", detokenize),
+    ("GET", "/health", admin.health),
+    ("GET", "/ready", admin.ready),
+    ("GET", "/metrics", admin.metrics),
+    ("GET", "/version", admin.get_version),
+    ("GET", "/openapi.json", openapi.openapi_json),
+    ("GET", "/docs", openapi.docs),
+    ("POST", "/reset_prefix_cache", admin.reset_prefix_cache),
+)
+
+
+def build_app(services: Services) -> ASGIApp:
+    """All routes, behind the guard."""
+    routes = [Route(path, Endpoint(services, handler), methods=[method]) for method, path, handler in ROUTES]
+    return Guard(Router(routes, redirect_slashes=False, default=_no_route), services.config.api_keys)
+
+
+async def _no_route(scope: Scope, receive: Receive, send: Send) -> None:
+    raise HTTPException(404)

@@ -1,0 +1,88 @@
+"""Field types that the request bodies share.
+
+Ranges that a model or an operator sets are checked by ``weft.limits`` on the protobuf message; here only what that
+message could not hold is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import orjson
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+UINT32_MAX = 2**32 - 1
+
+Uint32 = Annotated[int, Field(ge=0, le=UINT32_MAX)]
+Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
+Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+
+
+def invalid(message: str) -> PydanticCustomError:
+    """An error of one field, with a message that is shown to the client as it is."""
+    return PydanticCustomError("invalid", "{message}", {"message": message})
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def is_token_ids(value: Any) -> bool:
+    """Whether a JSON value is a list of numbers that fit an id of the contract."""
+    return (
+        isinstance(value, list)
+        and all(type(token_id) is int for token_id in value)
+        and (not value or (min(value) >= 0 and max(value) <= UINT32_MAX))
+    )
+
+
+def _token_ids(value: Any) -> list[int]:
+    if not is_token_ids(value):
+        raise invalid(f"must be a list of integers in [0, {UINT32_MAX}]")
+    ids: list[int] = value
+    return ids
+
+
+def _bias(value: Any) -> dict[int, float]:
+    if not isinstance(value, dict) or not all(type(bias) in (int, float) for bias in value.values()):
+        raise invalid("must be an object of numbers by token id")
+    if not all(key.isascii() and key.isdigit() and len(key) <= 10 for key in value):
+        raise invalid("keys must be token ids")
+    biases = {int(key): float(bias) for key, bias in value.items()}
+    if biases and max(biases) > UINT32_MAX:
+        raise invalid(f"ids must be in [0, {UINT32_MAX}]")
+    return biases
+
+
+_NUMBERS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+
+Strings = Annotated[list[str], BeforeValidator(_listed, json_schema_input_type=str | list[str])]
+TokenIds = Annotated[list[int], PlainValidator(_token_ids), WithJsonSchema(_NUMBERS)]
+LogitBias = Annotated[
+    dict[int, float],
+    PlainValidator(_bias),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}}),
+]
+
+
+class Body(BaseModel):
+    """A JSON object in which every name must be known and every value of the right type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class FieldError(ValueError):
+    """Fields that contradict one another, or a value that the contract cannot hold; ``field`` is the one to name."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+def json_text(value: dict[str, Any], field: str) -> str:
+    """A JSON value as text. Raises FieldError if it is nested deeper than orjson writes (254 levels)."""
+    try:
+        return orjson.dumps(value).decode()
+    except orjson.JSONEncodeError as error:
+        raise FieldError(field, "is nested too deep") from error
