@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import tempfile
 import threading
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
@@ -10,7 +12,7 @@ from typing import Any, TypeVar
 from weft.aio import AsyncClient
 from weft.errors import WeftError
 from weft.inference.v1.inference_pb2 import Model
-from weft.services import Stack, start_private
+from weft.services import Stack
 
 Result = TypeVar("Result")
 
@@ -27,6 +29,7 @@ class Connection:
     def __init__(self) -> None:
         self._client: AsyncClient | None = None
         self._stack: Stack | None = None
+        self._folder = tempfile.mkdtemp(prefix="weft-")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="weft-llm", daemon=True)
         self._thread.start()
@@ -62,9 +65,12 @@ class Connection:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _start(self, backend_arguments: Sequence[str]) -> list[Model]:
-        self._stack, target = start_private(backend_arguments)
+        target = f"unix:{self._folder}/frontend.sock"
+        frontend = ["--grpc-listen", target, "--port", "0", "--workers", "1"]
+        self._stack = Stack([*backend_arguments, "--metrics-port", "0"], frontend, private=True)
         self._client = AsyncClient(target, max_retries=0)
         while not (models := await self._list_models()):
             self._stack.raise_if_ended()

@@ -19,6 +19,8 @@ from weft.errors import StartError
 
 BACKEND, FRONTEND = "weft_backend", "weft_frontend"
 
+API_KEY_VARIABLE = "WEFT_API_KEY"
+
 _TAIL_LINES = 30
 # Asks Linux to end the child with its parent, even one that was killed, and becomes the service.
 _BOUND_TO_PARENT = (
@@ -31,26 +33,30 @@ _BOUND_TO_PARENT = (
 def flags(options: Mapping[str, object]) -> list[str]:
     """Command-line flags of keyword arguments: ``max_num_seqs=8`` gives ``--max-num-seqs 8``.
 
-    True gives ``--name``, False ``--no-name``, None nothing.
+    None gives nothing, a list or tuple its flag for each item. True gives ``--name``; False gives ``--no-name`` for
+    names that begin with ``enable_``, and nothing for other switches, which are off unless given.
     """
     arguments: list[str] = []
     for name, value in options.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+            if value or flag.startswith("enable-"):
+                arguments.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
-            arguments += [f"--{flag}", str(value)]
+            for item in value if isinstance(value, list | tuple) else [value]:
+                arguments += [f"--{flag}", str(item)]
     return arguments
 
 
 class Service:
     """One running service. It ends when this process ends (on Linux, when the thread that started it ends)."""
 
-    def __init__(self, module: str, arguments: Sequence[str]) -> None:
+    def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         self.name = module.removeprefix("weft_")
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
         self._process = subprocess.Popen(
             _command(module, arguments),
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -100,14 +106,18 @@ def _command(module: str, arguments: Sequence[str]) -> list[str]:
 class Stack:
     """A backend and a frontend in front of it, joined by a Unix socket that only this user can reach.
 
-    The arguments are those of the services' command lines, without the address that joins them.
+    The arguments are those of the services' command lines, without the address that joins them. A ``private`` frontend
+    asks nobody for a key, whatever the environment says.
     """
 
-    def __init__(self, folder: str, backend_arguments: Sequence[str], frontend_arguments: Sequence[str]) -> None:
-        joint = f"unix:{folder}/backend.sock"
-        self._folder = folder
+    def __init__(
+        self, backend_arguments: Sequence[str], frontend_arguments: Sequence[str], private: bool = False
+    ) -> None:
+        self._folder = tempfile.mkdtemp(prefix="weft-")
+        joint = f"unix:{self._folder}/backend.sock"
+        environment = {name: value for name, value in os.environ.items() if not (private and name == API_KEY_VARIABLE)}
         self.backend = Service(BACKEND, [*backend_arguments, "--listen", joint])
-        self.frontend = Service(FRONTEND, ["--backend", joint, *frontend_arguments])
+        self.frontend = Service(FRONTEND, ["--backend", joint, *frontend_arguments], environment)
 
     def raise_if_ended(self) -> None:
         """Raise StartError, with what it wrote last, if a service has ended."""
@@ -119,21 +129,3 @@ class Stack:
         self.frontend.stop(grace)
         self.backend.stop(grace)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def start_public(backend_arguments: Sequence[str], frontend_arguments: Sequence[str]) -> Stack:
-    """Services whose frontend listens where its arguments say."""
-    return Stack(_make_folder(), backend_arguments, frontend_arguments)
-
-
-def start_private(backend_arguments: Sequence[str]) -> tuple[Stack, str]:
-    """Services for this process alone, and the gRPC target of their frontend, a Unix socket too."""
-    folder = _make_folder()
-    target = f"unix:{folder}/frontend.sock"
-    arguments = ["--grpc-listen", target, "--port", "0", "--workers", "1"]
-    return Stack(folder, [*backend_arguments, "--metrics-port", "0"], arguments), target
-
-
-def _make_folder() -> str:
-    """A folder for sockets, which only this user can enter."""
-    return tempfile.mkdtemp(prefix="weft-")

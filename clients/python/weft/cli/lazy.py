@@ -1,0 +1,41 @@
+"""A group of commands that are imported when they are run."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import ClassVar
+
+import click
+
+from weft.errors import StartError, WeftError
+
+
+class LazyGroup(click.Group):
+    """A click group over names; ``commands_by_name`` maps each to "module:attribute" and what it does.
+
+    The errors of services become one line and exit status 1.
+    """
+
+    commands_by_name: ClassVar[Mapping[str, tuple[str, str]]] = {}
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands_by_name)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in self.commands_by_name:
+            return None
+        module, attribute = self.commands_by_name[name][0].split(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in self.commands_by_name.items()])
+
+    def invoke(self, context: click.Context) -> object:
+        try:
+            return super().invoke(context)
+        except (WeftError, StartError) as error:
+            raise click.ClickException(str(error)) from error

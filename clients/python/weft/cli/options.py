@@ -1,0 +1,66 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from weft.sampling_params import SamplingParams
+from weft.services import API_KEY_VARIABLE
+from weft.transport import DEFAULT_TARGET
+
+Command = Callable[..., Any]
+
+# For commands that hand what they do not know to ``weft backend``.
+FORWARDING: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+
+
+def connection_options(command: Command) -> Command:
+    """Which service, and which model there."""
+    for option in (
+        click.option("--model", default="", help="A served name; by default the only one."),
+        click.option("--api-key", envvar=API_KEY_VARIABLE, help="Key of the service, if it asks for one."),
+        click.option("--target", default=DEFAULT_TARGET, show_default=True, help="gRPC address of a frontend."),
+    ):
+        command = option(command)
+    return command
+
+
+def sampling_options(command: Command) -> Command:
+    """How to generate; ``sampling_params`` reads them. What is not given is the model's default."""
+    for option in (
+        click.option("--stop", multiple=True, help="String that ends the answer; repeatable."),
+        click.option("--seed", type=int, help="The same seed gives the same answer."),
+        click.option("--top-k", type=int, help="Keep the k likeliest tokens."),
+        click.option("--top-p", type=float, help="Keep the likeliest tokens up to this probability."),
+        click.option("--temperature", type=float, help="0 is greedy."),
+        click.option("--max-tokens", type=int, help="Tokens to generate at most."),
+    ):
+        command = option(command)
+    return command
+
+
+def sampling_params(
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int | None,
+    stop: tuple[str, ...],
+) -> SamplingParams:
+    """The parameters that ``sampling_options`` read."""
+    return SamplingParams(
+        n=None,
+        presence_penalty=None,
+        frequency_penalty=None,
+        repetition_penalty=None,
+        min_p=None,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=stop,
+    )

@@ -1,0 +1,156 @@
+"""``weft run-batch``: OpenAI's batch files, offline, over the HTTP API."""
+
+from __future__ import annotations
+
+import collections
+import http.client
+import json
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import click
+from tqdm import tqdm
+
+from weft.cli.local import local_service
+from weft.cli.options import FORWARDING
+from weft.services import API_KEY_VARIABLE
+
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+
+_MAX_TRIES = 8
+_LINES_AHEAD = 4  # times the concurrency; results are written in the order of the input
+
+
+class BadLine(ValueError):
+    """A line of the input that is not a request; the message says why."""
+
+
+class BatchRunner:
+    """Sends lines to a service; each thread keeps its own connection."""
+
+    def __init__(self, base_url: str, api_key: str | None) -> None:
+        self._url = urlsplit(base_url)
+        self._headers = {"Content-Type": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._local = threading.local()
+
+    def run(self, line: str) -> dict[str, Any]:
+        """The output line of an input line: a response, or an error if the line is bad or the service is gone."""
+        name = f"batch_req_{uuid.uuid4().hex}"
+        output: dict[str, Any] = {"id": name, "custom_id": None, "response": None, "error": None}
+        try:
+            request = json.loads(line)
+            output["custom_id"] = request.get("custom_id") if isinstance(request, dict) else None
+            check_line(request)
+            output["response"] = self._post(request["url"], json.dumps(request["body"]).encode())
+        except (ValueError, RecursionError) as error:
+            output["error"] = {"code": "invalid_line", "message": str(error)}
+        except (OSError, http.client.HTTPException) as error:
+            output["error"] = {"code": "connection_error", "message": str(error)}
+        return output
+
+    def _post(self, path: str, body: bytes) -> dict[str, Any]:
+        for attempt in range(_MAX_TRIES):
+            response, data = self._send(path, body)
+            if response.status not in (429, 503) or attempt == _MAX_TRIES - 1:
+                break
+            time.sleep(float(response.headers.get("retry-after", 1)))
+        return {
+            "status_code": response.status,
+            "request_id": response.headers.get("x-request-id"),
+            "body": json.loads(data),
+        }
+
+    def _send(self, path: str, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
+        kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
+        if not hasattr(self._local, "connection"):
+            self._local.connection = kind(self._url.netloc)
+        connection = self._local.connection
+        try:
+            connection.request("POST", self._url.path.rstrip("/") + path, body, self._headers)
+            response = connection.getresponse()
+            return response, response.read()
+        except (OSError, http.client.HTTPException):
+            connection.close()
+            raise
+
+
+def check_line(request: Any) -> None:
+    """Refuse what is not a request of OpenAI's batch format. Raises BadLine."""
+    if not isinstance(request, dict):
+        raise BadLine("must be a JSON object")
+    if not isinstance(request.get("custom_id"), str):
+        raise BadLine("custom_id: must be a string")
+    if request.get("method") != "POST":
+        raise BadLine("method: must be POST")
+    if request.get("url") not in URLS:
+        raise BadLine(f"url: must be one of {', '.join(URLS)}")
+    if not isinstance(request.get("body"), dict):
+        raise BadLine("body: must be a JSON object")
+    if request["body"].get("stream"):
+        raise BadLine("body.stream: a batch cannot stream")
+
+
+def run_lines(runner: BatchRunner, lines: Iterable[str], concurrency: int) -> Iterator[dict[str, Any]]:
+    """Output lines in the order of the input; ``concurrency`` requests are under way at once."""
+    pending: collections.deque[Future[dict[str, Any]]] = collections.deque()
+    with ThreadPoolExecutor(concurrency) as pool:
+        for line in lines:
+            if line.strip():
+                pending.append(pool.submit(runner.run, line))
+            if len(pending) >= _LINES_AHEAD * concurrency:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+@click.command("run-batch", context_settings=FORWARDING)
+@click.option("-i", "--input", "source", type=click.File(encoding="utf-8"), required=True, help="JSON lines to run.")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Where answers go."
+)
+@click.option("--base-url", help="A running service, for example http://localhost:8000. Default: start a private one.")
+@click.option("--api-key", envvar=API_KEY_VARIABLE, help="Key of the running service, if it asks for one.")
+@click.option("--concurrency", default=256, show_default=True, help="Requests under way at once.")
+@click.argument("arguments", metavar="[MODEL] [BACKEND OPTIONS]...", nargs=-1, type=click.UNPROCESSED)
+def run_batch(
+    source: Iterable[str],
+    output: Path,
+    base_url: str | None,
+    api_key: str | None,
+    concurrency: int,
+    arguments: tuple[str, ...],
+) -> None:
+    """Run an OpenAI batch file: each line has custom_id, method, url and body; answers are in the same order.
+
+    Without --base-url a private service of MODEL, by default the built-in one, is started; other options are those of
+    the backend, as `weft backend --help` lists them.
+    """
+    if base_url and arguments:
+        raise click.UsageError("MODEL and backend options have no effect with --base-url")
+    num_done = num_failed = 0
+    with _service(base_url, arguments) as url, output.open("w", encoding="utf-8") as sink:
+        results = run_lines(BatchRunner(url, api_key), source, concurrency)
+        for result in tqdm(results, unit="req", desc="Processed requests"):
+            num_done += 1
+            sink.write(json.dumps(result, ensure_ascii=False) + "\n")
+            num_failed += result["error"] is not None or result["response"]["status_code"] != 200
+    click.echo(f"{num_done} requests, {num_failed} failed", err=True)
+
+
+@contextmanager
+def _service(base_url: str | None, arguments: tuple[str, ...]) -> Iterator[str]:
+    """The URL of the running service, or of a private one."""
+    if base_url:
+        yield base_url
+        return
+    with local_service(arguments) as service:
+        yield service.url

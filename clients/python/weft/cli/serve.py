@@ -1,0 +1,69 @@
+"""``weft serve``: a backend and its frontends on one machine, under one parent."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from typing import Any
+
+import click
+
+from weft.cli.options import FORWARDING
+from weft.cli.ready import POLL_SECONDS, grpc_ready, http_ready, wait_until
+from weft.services import API_KEY_VARIABLE, Stack, flags
+
+_GRACE_BEYOND_DRAIN = 10.0  # seconds a service gets to end after its drain
+
+
+@click.command(context_settings=FORWARDING)
+@click.argument("arguments", metavar="[MODEL] [BACKEND OPTIONS]...", nargs=-1, type=click.UNPROCESSED)
+@click.option("--host", default="0.0.0.0", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8000, show_default=True, help="HTTP port; 0: no HTTP.")
+@click.option("--grpc-port", default=50051, show_default=True, help="gRPC port; 0: no gRPC.")
+@click.option("--workers", type=int, help="Frontend processes. Default: the frontend's.")
+@click.option("--chat-template", type=click.Path(exists=True), help="Jinja file to use instead of the model's.")
+@click.option("--trust-request-chat-template", is_flag=True, help="Render templates that requests bring.")
+@click.option(
+    "--api-key", multiple=True, help=f"Ask clients for this key; repeatable. Also read from {API_KEY_VARIABLE}."
+)
+@click.option("--max-body-bytes", type=int, help="Largest HTTP body or gRPC message. Default: the frontend's.")
+@click.option("--request-timeout", type=float, help="Seconds that requests get which bring no deadline.")
+@click.option("--drain-timeout", default=30.0, show_default=True, help="Seconds that running requests get at the end.")
+def serve(arguments: tuple[str, ...], **server: Any) -> None:
+    """Serve MODEL, a folder or a hub id; by default the built-in one.
+
+    Other options are those of the backend, as `weft backend --help` lists them.
+    """
+    host, port, grpc_port, drain = server["host"], server["port"], server["grpc_port"], server["drain_timeout"]
+    if not port and not grpc_port:
+        raise click.UsageError("--port 0 and --grpc-port 0 leave nothing to serve on")
+    stop = _stop_signals()
+    begin = time.monotonic()
+    stack = Stack([*flags({"drain_timeout": drain, "metrics_port": 0}), *arguments], flags(server))
+    try:
+        probe = http_ready(_reachable(host), port) if port else grpc_ready(f"{_reachable(host)}:{grpc_port}")
+        wait_until(probe, stack, stop)
+        if not stop.is_set():
+            click.echo(_ready_line(_reachable(host), port, grpc_port, time.monotonic() - begin), err=True)
+        while not stop.wait(4 * POLL_SECONDS):
+            stack.raise_if_ended()
+    finally:
+        stack.stop(drain + _GRACE_BEYOND_DRAIN)
+
+
+def _stop_signals() -> threading.Event:
+    """Set by the first SIGINT or SIGTERM."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def _reachable(host: str) -> str:
+    return {"0.0.0.0": "localhost", "::": "localhost"}.get(host, host)
+
+
+def _ready_line(host: str, port: int, grpc_port: int, seconds: float) -> str:
+    addresses = [f"http://{host}:{port}"] * bool(port) + [f"gRPC {host}:{grpc_port}"] * bool(grpc_port)
+    return f"ready in {seconds:.1f} s: {', '.join(addresses)}"
