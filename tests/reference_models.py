@@ -16,8 +16,8 @@ from torch import Tensor, nn
 Logits = Callable[[Sequence[int]], Tensor]
 
 
-def load_reference(path: Path) -> Logits:
-    """A function from the token ids of one sequence to its float32 logits ``[T, V]``, computed densely."""
+def load_reference(path: Path, dtype: torch.dtype = torch.float32) -> Logits:
+    """A function from the token ids of one sequence to its float32 logits ``[T, V]``, computed densely in ``dtype``."""
     config = json.loads((path / "config.json").read_text())
     model: Any
     if config["model_type"] == "baichuan":
@@ -26,17 +26,18 @@ def load_reference(path: Path) -> Logits:
         for file in path.glob("*.safetensors"):
             tensors |= load_file(file)
         model.load_state_dict(tensors)
+        model.to(dtype)
     else:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
     model.eval()
 
     @torch.inference_mode()
     def logits(token_ids: Sequence[int]) -> Tensor:
         ids = torch.tensor(token_ids, dtype=torch.int64)
         out: Tensor = model(ids) if isinstance(model, BaichuanTwin) else model(ids[None], use_cache=False).logits[0]
-        return out
+        return out.float()
 
     return logits
 

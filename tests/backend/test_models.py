@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,16 +13,26 @@ from checkpoints import KINDS, VOCAB_SIZE, make_checkpoint
 from reference_models import Logits, greedy, load_reference
 from torch import Tensor
 
-from weft_backend.model_config import load_model_config
+from weft_backend.layers import TensorParallel
+from weft_backend.model_config import ModelConfig, Rope, load_model_config
 from weft_backend.models import Model, load_model
 from weft_kernels import BatchLayout
 
 CPU = torch.device("cpu")
 PAGE_SIZE = 4
 MAX_LEN = 128
-# Largest difference of logits whose spread is about 1.5. Measured: at most 1.1e-5. The nearest wrong model, with rope
-# angles scaled by 1.001, is 3e-3 off (test_tolerance_can_fail).
-TOLERANCE = 1e-4
+# Largest difference of logits, whose spread is about 1.5. Measured: at most 1.5e-5; see test_tolerance_can_fail.
+TOLERANCE = 5e-5
+# A nearly right model of each family, which the tolerance must tell from the right one.
+NEARLY_RIGHT: dict[str, Callable[[ModelConfig], ModelConfig]] = {
+    "llama": lambda config: replace(config, rope=Rope(theta=10010.0)),
+    "llama3-rope": lambda config: replace(config, rope=Rope(10000.0, "llama3", 8.0, 1.0, 4.0, 33)),
+    "llama-linear-rope": lambda config: replace(config, rope=Rope(10000.0, "linear", 4.1)),
+    "mistral": lambda config: replace(config, sliding_window=9),
+    "qwen3": lambda config: replace(config, norm_eps=3e-6),
+    "opt": lambda config: replace(config, norm_eps=2e-5),
+    "baichuan2-13b": lambda config: replace(config, norm_eps=3e-6),
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,13 +46,12 @@ def _one_thread() -> Iterator[None]:
 class Rows:
     """A paged batch made by hand: every row has its own pages, in an order that no other row shares."""
 
-    def __init__(self, model: Model, config_path: Path, num_rows: int) -> None:
-        config = load_model_config(config_path)
+    def __init__(self, model: Model, config: ModelConfig, num_rows: int, tp: int = 1) -> None:
         num_pages = MAX_LEN // PAGE_SIZE
         self.model = model
         self.table = torch.randperm(num_rows * num_pages, generator=torch.Generator().manual_seed(1)).to(torch.int32)
         self.table = self.table.view(num_rows, num_pages)
-        shape = (config.num_layers, 2, num_rows * num_pages, config.num_kv_heads, PAGE_SIZE, config.head_dim)
+        shape = (config.num_layers, 2, num_rows * num_pages, config.num_kv_heads // tp, PAGE_SIZE, config.head_dim)
         self.cache = torch.full(shape, float("nan"), dtype=getattr(torch, config.dtype))
         self.lens = [0] * num_rows
 
@@ -69,7 +80,7 @@ class Rows:
         hidden = self.model(torch.tensor([i for _, ids in work for i in ids]), layout, self.cache)
         logits = self.model.logits(hidden)
         assert logits.dtype == torch.float32
-        by_row = dict(zip([row for row, _ in work], logits.split(query_lens), strict=True))
+        by_row = dict(zip([row for row, _ in work], torch.split(logits, query_lens), strict=True))
         return [by_row[row] for row in sorted(by_row)]
 
 
@@ -84,40 +95,45 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
+def config(checkpoint: Path) -> ModelConfig:
+    return load_model_config(checkpoint)
+
+
+@pytest.fixture(scope="module")
 def reference(checkpoint: Path) -> Logits:
     return load_reference(checkpoint)
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint: Path) -> Model:
-    return load_model(load_model_config(checkpoint), checkpoint, device=CPU)
+def model(checkpoint: Path, config: ModelConfig) -> Model:
+    return load_model(config, checkpoint, device=CPU)
 
 
-def assert_close(ours: Tensor, theirs: Tensor) -> None:
-    assert (ours - theirs).abs().max().item() < TOLERANCE
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    return (ours - theirs).abs().max().item()
 
 
-def test_whole_prompt(checkpoint: Path, model: Model, reference: Logits) -> None:
+def test_whole_prompt(config: ModelConfig, model: Model, reference: Logits) -> None:
     token_ids = prompt(67, seed=0)
-    (logits,) = Rows(model, checkpoint, 1).step([(0, token_ids)])
-    assert_close(logits, reference(token_ids))
+    (logits,) = Rows(model, config, 1).step([(0, token_ids)])
+    assert distance(logits, reference(token_ids)) < TOLERANCE
 
 
-def test_chunks_batched_with_others(checkpoint: Path, model: Model, reference: Logits) -> None:
+def test_chunks_batched_with_others(config: ModelConfig, model: Model, reference: Logits) -> None:
     prompts = [prompt(50, seed=1), prompt(33, seed=2), prompt(1, seed=3)]
-    rows = Rows(model, checkpoint, 3)
+    rows = Rows(model, config, 3)
     computed: list[list[Tensor]] = [[], [], []]
     for sizes in ([7, 16, 1], [1, 17, 0], [23, 0, 0], [19, 0, 0]):
         work = [(r, prompts[r][rows.lens[r] : rows.lens[r] + n]) for r, n in enumerate(sizes) if n]
         for (row, _), logits in zip(work, rows.step(work), strict=True):
             computed[row].append(logits)
     for token_ids, parts in zip(prompts, computed, strict=True):
-        assert_close(torch.cat(parts), reference(token_ids))
+        assert distance(torch.cat(parts), reference(token_ids)) < TOLERANCE
 
 
-def test_greedy_decode_of_64_tokens(checkpoint: Path, model: Model, reference: Logits) -> None:
+def test_greedy_decode_of_64_tokens(config: ModelConfig, model: Model, reference: Logits) -> None:
     prompts = [prompt(9, seed=4), prompt(30, seed=5)]
-    rows = Rows(model, checkpoint, 2)
+    rows = Rows(model, config, 2)
     generated: list[list[int]] = [[], []]
     work = list(enumerate(prompts))
     for _ in range(64):
@@ -126,3 +142,62 @@ def test_greedy_decode_of_64_tokens(checkpoint: Path, model: Model, reference: L
         work = [(row, ids[-1:]) for row, ids in enumerate(generated)]
     for token_ids, ours in zip(prompts, generated, strict=True):
         assert ours == greedy(reference, token_ids, 64)
+
+
+@pytest.mark.parametrize("kind", sorted(NEARLY_RIGHT))
+def test_tolerance_can_fail(kind: str, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(kind, tmp_path / kind, tokenizer=False)
+    wrong = NEARLY_RIGHT[kind](load_model_config(checkpoint))
+    token_ids = prompt(67, seed=0)
+    (logits,) = Rows(load_model(wrong, checkpoint, device=CPU), wrong, 1).step([(0, token_ids)])
+    assert distance(logits, load_reference(checkpoint)(token_ids)) > 2 * TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "opt"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_as_close_as_in_transformers(kind: str, dtype: str, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(kind, tmp_path / kind, tokenizer=False)
+    config = load_model_config(checkpoint, dtype=dtype)
+    token_ids = prompt(67, seed=0)
+    exact = load_reference(checkpoint)(token_ids)
+    (logits,) = Rows(load_model(config, checkpoint, device=CPU), config, 1).step([(0, token_ids)])
+    theirs = load_reference(checkpoint, getattr(torch, dtype))(token_ids)
+    assert 0 < (logits - exact).square().mean() < 1.2 * (theirs - exact).square().mean()
+
+
+def test_sharded_checkpoint_is_the_same_model(tmp_path: Path) -> None:
+    whole, sharded = (make_checkpoint("llama", tmp_path / str(n), num_shards=n, tokenizer=False) for n in (1, 3))
+    assert len(list(sharded.glob("*.safetensors"))) >= 3
+    config, token_ids = load_model_config(whole), prompt(12, seed=6)
+    ours, theirs = (
+        Rows(load_model(config, path, device=CPU), config, 1).step([(0, token_ids)])[0] for path in (whole, sharded)
+    )
+    assert torch.equal(ours, theirs)
+
+
+def _rank(rank: int, checkpoints: list[Path], rendezvous: Path) -> None:
+    """Both ranks of each checkpoint's model compute a prompt; rank 0 keeps the logits beside the checkpoint."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    for checkpoint in checkpoints:
+        config = load_model_config(checkpoint)
+        model = load_model(config, checkpoint, device=CPU, tp=TensorParallel(rank, 2))
+        (logits,) = Rows(model, config, 1, tp=2).step([(0, prompt(21, seed=7))])
+        if rank == 0:
+            torch.save(logits, checkpoint / "logits.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_are_one_model(tmp_path: Path) -> None:
+    kinds = {"llama-bias": {"vocab_size": 385}, "qwen3": {}, "opt-350m": {}, "baichuan2-13b": {}}
+    checkpoints = [make_checkpoint(k, tmp_path / k, tokenizer=False, **fields) for k, fields in kinds.items()]
+    spawn = multiprocessing.get_context("spawn")
+    ranks = [spawn.Process(target=_rank, args=(rank, checkpoints, tmp_path / "rendezvous")) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, 0]
+    for checkpoint in checkpoints:
+        logits = torch.load(checkpoint / "logits.pt", weights_only=True)
+        assert distance(logits, load_reference(checkpoint)(prompt(21, seed=7))) < TOLERANCE

@@ -34,6 +34,6 @@ class TensorParallel:
         """Every rank's ``x`` [N, M], side by side in rank order: [N, size * M]."""
         if self.size == 1:
             return x
-        gathered = x.new_empty((self.size, *x.shape))
-        dist.all_gather_into_tensor(gathered, x.contiguous())
-        return torch.cat(gathered.unbind(), dim=-1)
+        shares = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(shares, x)
+        return torch.cat(shares, dim=-1)
