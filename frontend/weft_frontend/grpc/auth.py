@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
@@ -13,7 +13,7 @@ from weft_frontend.errors import Unauthenticated
 from weft_frontend.grpc.errors import abort
 
 _OPEN_PREFIX = "/grpc.health.v1.Health/"
-_Handler = grpc.RpcMethodHandler[Any, Any]
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 async def _refuse(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
@@ -28,7 +28,7 @@ _REFUSALS = {
 }
 
 
-class ApiKeyInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
+class ApiKeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Refuses calls without one of the keys, in constant time."""
 
     def __init__(self, api_keys: frozenset[str]) -> None:

@@ -6,7 +6,8 @@ Requests are parsed here and not by grpc, which would answer a broken message wi
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from operator import methodcaller
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
@@ -22,7 +23,7 @@ from weft_frontend.metrics import MeasuredGeneration, MeasuredStream
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
-Context = grpc.aio.ServicerContext[Any, Any]
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 RequestT = TypeVar("RequestT", bound=Message)
 _Unary = Callable[[Any, Context], Awaitable[Message]]
 _Streaming = Callable[[Any, Context], Awaitable[None]]
@@ -174,4 +175,4 @@ def _streaming(kind: type[RequestT], method: _Streaming) -> grpc.RpcMethodHandle
         except Exception as error:
             await abort(context, error)
 
-    return grpc.unary_stream_rpc_method_handler(call, response_serializer=Message.SerializeToString)
+    return grpc.unary_stream_rpc_method_handler(call, response_serializer=methodcaller("SerializeToString"))
