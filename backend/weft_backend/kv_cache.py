@@ -72,6 +72,7 @@ def plan_for_cuda(shape: PageShape, device: torch.device, utilization: float, sw
 
     Memory of other processes on the GPU counts as used. CUDA graphs take theirs from what ``utilization`` leaves.
     """
+    torch.cuda.empty_cache()  # that step's blocks, cut to its own sizes
     free, total = torch.cuda.mem_get_info(device)
     outside = total - free - torch.cuda.memory_reserved(device)
     peak = torch.cuda.max_memory_allocated(device)

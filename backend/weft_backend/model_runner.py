@@ -123,6 +123,7 @@ class ModelRunner:
         if num_pages is not None:
             plan = KVCachePlan(page_shape, num_pages, num_host_pages(page_shape, swap_space), f"{num_pages} pages")
         elif device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # loading may have taken more than running does
             self.collect(self.launch(largest_step(max_num_seqs, max_num_batched_tokens, max_model_len)))
             plan = plan_for_cuda(page_shape, device, gpu_memory_utilization, swap_space)
         else:

@@ -11,7 +11,6 @@ from driving import drive, generated, make_request
 from torch import Tensor
 
 from weft_backend.batch_state import stream_seed
-from weft_backend.cuda_graphs import bucket_sizes
 from weft_backend.errors import StartupError
 from weft_backend.kv_cache import KVCache, PageShape, plan_for_cpu
 from weft_backend.largest_step import largest_step
@@ -309,10 +308,3 @@ def test_the_largest_step_runs_on_one_page() -> None:
     result = runner.collect(runner.launch(plan))
     assert set(result.logprobs) == set(result.prompt_logprobs) == set(range(8))
     assert not runner._cache.pages[:, :, 1:].any()
-
-
-def test_bucket_sizes_end_at_the_largest_batch() -> None:
-    assert bucket_sizes(1) == [1]
-    assert bucket_sizes(6) == [1, 2, 4, 6]
-    assert bucket_sizes(256)[-3:] == [224, 240, 256]
-    assert bucket_sizes(300)[-2:] == [288, 300]

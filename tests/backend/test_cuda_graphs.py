@@ -1,0 +1,168 @@
+"""Decode graphs: on the CPU with a stand-in that records operations and repeats them, on a GPU with the real thing.
+
+The stand-in is strict in the way graphs are: host code runs once, at capture, and reading a value back is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from driving import drive, generated, make_request
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from weft_backend import model_runner
+from weft_backend.cuda_graphs import DecodeGraphs, bucket_sizes
+from weft_backend.kv_cache import PageShape
+from weft_backend.model_runner import ModelRunner
+from weft_backend.scheduler import Scheduler
+from weft_backend.sequence import Request
+from weft_kernels import BatchLayout, ops_for
+
+VOCAB_SIZE = 97
+PAGE_SIZE = 4
+SHAPE = PageShape(num_layers=1, num_kv_heads=1, page_size=PAGE_SIZE, head_dim=1, dtype=torch.float32)
+
+
+class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps the operations run under it; ``replay`` repeats them into the tensors that they gave."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a captured step reads a value back"
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            again = func(*args, **kwargs)
+            pairs = zip(out, again, strict=True) if isinstance(out, tuple | list) else [(out, again)]
+            for kept, new in pairs:
+                if isinstance(kept, Tensor) and kept.data_ptr() != new.data_ptr():
+                    kept.copy_(new)
+
+
+@contextmanager
+def record(graph: Recording, pool: Any) -> Iterator[None]:
+    with graph:
+        yield
+
+
+class SumModel:
+    """The next token is a function of the last, its position, and the keys of the row's first page."""
+
+    def __call__(self, token_ids: Tensor, layout: BatchLayout, kv_cache: Tensor) -> Tensor:
+        cache = kv_cache[0, 0].view(-1)
+        safe = torch.where(layout.slots < 0, cache.shape[0] - 1, layout.slots)
+        cache[safe] = torch.where(layout.slots < 0, 0.0, token_ids.float())
+        rows = layout.rows
+        if len(rows) < len(token_ids):
+            rows = rows.repeat_interleave(layout.query_starts.diff().long(), output_size=len(token_ids))
+        first = cache[layout.page_table[rows.long(), 0].long() * PAGE_SIZE]
+        return ((token_ids * 31 + layout.positions * 7 + first) % VOCAB_SIZE)[:, None].float()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return -(torch.arange(VOCAB_SIZE, device=hidden.device) - hidden).abs()
+
+
+def expected(prompt: list[int], num_tokens: int) -> list[int]:
+    token_ids = list(prompt)
+    for _ in range(num_tokens):
+        token_ids.append((token_ids[-1] * 31 + (len(token_ids) - 1) * 7 + token_ids[0]) % VOCAB_SIZE)
+    return token_ids[len(prompt) :]
+
+
+def plain_sample(logits: Tensor, *parameters: Tensor) -> Tensor:
+    return logits.argmax(-1).int()
+
+
+def make_runner(**overrides: Any) -> ModelRunner:
+    parameters: dict[str, Any] = {"device": torch.device("cpu"), "num_pages": 33, "enforce_eager": False}
+    return ModelRunner(
+        SumModel(),
+        page_shape=SHAPE,
+        vocab_size=VOCAB_SIZE,
+        max_model_len=32,
+        max_num_seqs=7,
+        max_num_batched_tokens=64,
+        **parameters | overrides,
+    )
+
+
+@pytest.fixture
+def graphed(monkeypatch: pytest.MonkeyPatch) -> ModelRunner:
+    """A runner on the CPU whose decode steps go through ``DecodeGraphs`` over recordings."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda other: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    ops = SimpleNamespace(sample=plain_sample, copy_pages=ops_for(torch.device("cpu")).copy_pages)
+    monkeypatch.setattr(model_runner, "ops_for", lambda device: ops)
+    runner = make_runner()
+    graphs = runner._graphs = runner._capture()
+    sample = graphs.sample  # a GPU's results are copied to the host before the next replay; the CPU's need a copy
+    monkeypatch.setattr(graphs, "sample", lambda num_rows: sample(num_rows).clone())
+    return runner
+
+
+def run(runner: ModelRunner, requests: list[Request], depth: int = 1) -> None:
+    # The last page is where the model writes what goes nowhere.
+    scheduler = Scheduler(32, PAGE_SIZE, 7, 64, runner.max_model_len, enable_prefix_caching=False)
+    drive(scheduler, runner, requests, depth)
+
+
+@pytest.mark.parametrize("num_requests", [1, 3, 5, 7])
+def test_batches_of_any_size_fill_their_bucket(graphed: ModelRunner, num_requests: int) -> None:
+    prompts = [[5 + index, 9, 2 * index] for index in range(num_requests)]
+    requests = [make_request(prompt, max_tokens=4 + index) for index, prompt in enumerate(prompts)]
+    run(graphed, requests)
+    for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+        assert generated(request) == expected(prompt, 4 + index)
+
+
+def test_rows_that_ask_for_more_are_sampled_outside_of_the_graph(graphed: ModelRunner) -> None:
+    plain = make_request([4, 8], max_tokens=6)
+    biased = make_request([4, 8], max_tokens=6, logprobs=1, logit_bias={50: 1000.0})
+    stopped = make_request([4, 8], max_tokens=6, stop_token_ids=(expected([4, 8], 3)[2],))
+    run(graphed, [plain, biased, stopped])
+    assert generated(plain) == expected([4, 8], 6)
+    assert generated(biased) == [50] * 6
+    assert generated(stopped) == expected([4, 8], 3)
+
+
+def test_bucket_sizes_end_at_the_largest_batch() -> None:
+    assert bucket_sizes(1) == [1]
+    assert bucket_sizes(6) == [1, 2, 4, 6]
+    assert bucket_sizes(256)[-3:] == [224, 240, 256]
+    assert bucket_sizes(300)[-2:] == [288, 300]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("enforce_eager", [False, True])
+@pytest.mark.parametrize("num_pages", [33, None])
+def test_on_a_gpu(enforce_eager: bool, num_pages: int | None) -> None:
+    device = torch.device("cuda")
+    runner = make_runner(
+        device=device, num_pages=num_pages, enforce_eager=enforce_eager, gpu_memory_utilization=0.1, swap_space=0.01
+    )
+    assert isinstance(runner._graphs, DecodeGraphs) is not enforce_eager
+    prompts = [[5 + index, 9, 2 * index] for index in range(5)]
+    requests = [make_request(prompt, max_tokens=4 + index) for index, prompt in enumerate(prompts)]
+    scored = make_request([4, 8], max_tokens=6, logprobs=2, presence_penalty=0.001, prompt_logprobs=1)
+    run(runner, [*requests, scored])
+    for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+        assert generated(request) == expected(prompt, 4 + index)
+    assert len(generated(scored)) == 6
