@@ -66,7 +66,9 @@ class Engine:
         self._in_flight: deque[tuple[StepPlan, Any, float]] = deque()
 
     def run(self) -> None:
-        """Serve until the channel closes. Raises ChannelClosed then, and whatever ends the process."""
+        """Say READY and serve until the channel closes. Raises ChannelClosed then, and whatever ends the process."""
+        self._publish([])
+        self._channel.send(Kind.READY, payload=self._card.SerializeToString())
         while True:
             self._receive()
             plan = self._scheduler.schedule()

@@ -19,13 +19,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 def serve(channel_fd: int, build: Callable[[EngineChannel], Engine]) -> int:
-    """Build an engine and run it until the I/O process is gone; the exit status. ``build`` sends READY itself."""
+    """Build an engine and run it until the I/O process is gone; the exit status."""
     logging.basicConfig(level=logging.INFO, format="weft engine: %(message)s")
     _follow_parent()
     channel = EngineChannel(socket.socket(fileno=channel_fd))
     try:
         engine = build(channel)
-        channel.flush()
         gc.collect()
         gc.freeze()  # the model is never garbage: a full collection would walk it in the middle of a step
         engine.run()

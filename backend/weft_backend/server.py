@@ -23,7 +23,7 @@ from weft_backend.sessions import Sessions
 from weft_backend.watchdog import watch_engine
 
 ENGINE_MODULE = "weft_backend.engine_process"
-_STOP_GRACE = 1.0  # seconds for statuses to reach the frontends
+_STOP_GRACE = 1.0  # seconds for the last frames, and then for statuses, to be sent
 _ENGINE_GRACE = 10.0  # seconds for the engine process to end by itself
 _MAX_MESSAGE_BYTES = 64 << 20
 _MAX_METADATA_BYTES = 16 << 10
@@ -77,6 +77,7 @@ class Backend:
         """End what is left: sessions, server, engine process."""
         for task in self._tasks:
             task.cancel()
+        await self._sessions.flush(_STOP_GRACE)
         self._sessions.end_all(unavailable("SHUTDOWN", "the backend is shutting down", 1000))
         await self._server.stop(_STOP_GRACE)
         await self._end_engine()
@@ -96,7 +97,7 @@ class Backend:
         self._stop.set()
 
     async def _supervise_engine(self) -> None:
-        card = await self.link.ready
+        card = await asyncio.shield(self.link.ready)
         self.health.set_ready(not self.link.load.draining)
         print(
             f"weft: ready    {card.name} at {self._config.address}, up to {card.max_model_len} tokens", file=sys.stderr
@@ -123,9 +124,9 @@ def _bind(server: grpc.aio.Server, address: str) -> int:
         raise StartupError(f"cannot listen on {address}, which may be in use (--host, --port, --listen)") from error
 
 
-async def serve(config: BackendConfig) -> None:
+async def serve(config: BackendConfig, engine_module: str = ENGINE_MODULE) -> None:
     """Run a backend until SIGTERM or SIGINT. Raises StartupError or EngineDied."""
-    async with Backend(config) as backend:
+    async with Backend(config, engine_module) as backend:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, backend.stop)

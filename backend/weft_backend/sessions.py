@@ -7,9 +7,10 @@ leaves too many step frames unacknowledged, or says nothing for too long, ends.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from itertools import count
 from typing import Any
 
@@ -33,6 +34,8 @@ class OpenSession:
         self._ack_window = ack_window
         self._frames: deque[bytes] = deque()
         self._has_frames = asyncio.Event()
+        self.flushed = asyncio.Event()  # every frame is written, or the session has ended
+        self.flushed.set()
         self._ended: asyncio.Future[Refusal | None] = asyncio.get_running_loop().create_future()
 
     def push(self, frame: bytes) -> None:
@@ -41,6 +44,7 @@ class OpenSession:
             self.last_write = time.monotonic()
             self._frames.append(frame)
             self._has_frames.set()
+            self.flushed.clear()
 
     def push_step(self, frame: bytes) -> None:
         """Queue a step frame; ends the session if too many are unacknowledged."""
@@ -59,6 +63,7 @@ class OpenSession:
         """End the session: for a cause, or because its frontend is done with it. Only the first call counts."""
         if not self._ended.done():
             self._ended.set_result(cause)
+            self.flushed.set()
 
     async def run(self, write: Write) -> None:
         """Write frames until the session ends. Raises the Refusal that ended it."""
@@ -81,6 +86,7 @@ class OpenSession:
             self._has_frames.clear()
             while self._frames:
                 await write(self._frames.popleft())
+            self.flushed.set()
 
 
 class Sessions:
@@ -96,9 +102,6 @@ class Sessions:
 
     def __len__(self) -> int:
         return len(self._sessions)
-
-    def __iter__(self) -> Iterator[OpenSession]:
-        return iter(list(self._sessions.values()))
 
     def open(self, *, stream: bool) -> OpenSession:
         """A new session: of a frontend's stream, or of one Generate call."""
@@ -126,6 +129,13 @@ class Sessions:
         """End every session."""
         for session in self._sessions.values():
             session.end(cause)
+
+    async def flush(self, seconds: float) -> None:
+        """Wait until every session's frames are written, for so long at most."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                for session in list(self._sessions.values()):
+                    await session.flushed.wait()
 
     async def watch(self) -> None:
         """Send heartbeats and end silent sessions, for ever."""

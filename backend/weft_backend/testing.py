@@ -128,7 +128,7 @@ def fake_card(config: EngineConfig) -> ModelCard:
 
 
 def build_fake_engine(channel: EngineChannel, config: EngineConfig, pipeline_depth: int = 1) -> Engine:
-    """The fake engine, ready."""
+    """The fake engine, its tokenizer sent."""
     card = fake_card(config)
     scheduler = Scheduler(
         card.num_pages, card.block_size, card.max_num_seqs, config.max_num_batched_tokens, card.max_model_len
@@ -137,7 +137,6 @@ def build_fake_engine(channel: EngineChannel, config: EngineConfig, pipeline_dep
         digest = hashlib.sha256(data).hexdigest()
         chunk = GetTokenizerResponse(name=name, total_bytes=len(data), sha256=digest, data=data)
         channel.send(Kind.TOKENIZER, payload=chunk.SerializeToString())
-    channel.send(Kind.READY, payload=card.SerializeToString())
     return Engine(channel, scheduler, FakeRunner(), card, pipeline_depth=pipeline_depth, seed=0)
 
 

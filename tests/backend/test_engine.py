@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 from google.rpc.code_pb2 import DEADLINE_EXCEEDED, INTERNAL, RESOURCE_EXHAUSTED
-
 from session_client import token_request
+
 from weft.engine.v1 import engine_pb2 as pb
 from weft.engine.v1.model_pb2 import LoadReport, ModelCard
 from weft_backend import testing
