@@ -67,7 +67,8 @@ def _copy(file: Path, stored: Any, source: Source) -> None:
     if dtype not in _FLOAT_DTYPES:
         raise CheckpointError(f"{file}: {source.name} is of type {dtype}; only floats of 16 bits or more are supported")
     source.target.copy_(stored[source.region or (slice(None),)])
-    if not bool(source.target.isfinite().all()):
+    # The extremes carry any NaN or infinity: 9 ms for 134 MB on two cores, where isfinite takes 218.
+    if not bool(torch.stack(torch.aminmax(source.target)).isfinite().all()):
         target_dtype = str(source.target.dtype).removeprefix("torch.")
         raise CheckpointError(
             f"{file}: {source.name} has values that are not finite in {target_dtype}; "

@@ -109,6 +109,12 @@ def test_a_tensor_of_another_type(dtype: torch.dtype, llama: Path) -> None:
 
 
 def test_values_that_are_not_finite(llama: Path) -> None:
+    rewrite(llama, lambda tensors: tensors["lm_head.weight"][-1, -1].fill_(float("nan")))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight has values that are not finite in float32"):
+        load(llama)
+
+
+def test_values_too_large_for_the_type(llama: Path) -> None:
     rewrite(llama, lambda tensors: tensors[Q_PROJ][3, 5].fill_(1e6))
     load(llama)
     with pytest.raises(CheckpointError, match=rf"{Q_PROJ} has values that are not finite in float16"):
