@@ -192,7 +192,8 @@ class ModelRunner:
         plan_columns = (plan.rows, plan.start_positions, plan.query_lens, plan.page_updates)
         indices = (adjusted.astype(np.int32), scored.astype(np.int32))
         on_device = self._uploader.upload(*plan_columns, last_tokens, rows, positions, *indices)
-        self._state.update_pages(on_device[3])
+        if len(plan.page_updates):
+            self._state.update_pages(on_device[3])
         return _Batch(
             rows=on_device[0],
             starts=on_device[1],
