@@ -10,7 +10,14 @@ import asyncio
 import time
 from collections.abc import Awaitable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -21,6 +28,8 @@ from weft_frontend.errors import WeftError
 from weft_frontend.generation import Generation
 from weft_frontend.router import BackendStatus
 from weft_frontend.stream import GenerationStream
+
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _PREFIX = "weft_frontend_"
 _TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)

@@ -45,6 +45,7 @@ class HttpServer:
             loop="none",
             lifespan="off",
             log_config=None,
+            log_level="error",  # its warnings are of what clients do
             access_log=False,
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE,

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Coroutine, Iterator
@@ -25,6 +25,7 @@ import grpc.aio
 
 from weft.inference.v1 import inference_pb2, inference_pb2_grpc
 
+MAX_TOKENS = 4000  # of one stream; the fake model takes 4,096
 WARM_UP = 2.0  # seconds before the measured window
 PROMPT = "The capital of France is"
 _READY = re.compile(r"ready in .* s: (?P<model>\S+) on ")
@@ -92,14 +93,16 @@ class Frontend:
 @click.option("--streams", default=64, show_default=True, help="Streams read at once.")
 @click.option("--seconds", default=10.0, show_default=True, help="Length of the measured window.")
 @click.option("--interval", default=0.01, show_default=True, help="Seconds between the tokens of a stream.")
+@click.option("--tokenizer", type=click.Path(exists=True, file_okay=False), help="Folder of tokenizer files. "
+              "Default: the built-in model's.")  # fmt: skip
 @click.option("--http/--grpc", "only_http", default=None, help="Measure one protocol only.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write the numbers here too.")
 def bench_frontend(
-    streams: int, seconds: float, interval: float, only_http: bool | None, json_path: str | None
+    streams: int, seconds: float, interval: float, tokenizer: str | None, only_http: bool | None, json_path: str | None
 ) -> None:
     """CPU time a token of the frontend alone, over HTTP and gRPC."""
     load = Load(streams, seconds, interval)
-    with _services(load) as frontend:
+    with _services(load, tokenizer or _builtin_tokenizer()) as frontend:
         costs = {
             name: asyncio.run(_measure(frontend, load, read))
             for name, read, wanted in (("http", _read_http, only_http), ("grpc", _read_grpc, only_http is False))
@@ -119,16 +122,26 @@ def bench_frontend(
 
 
 @contextlib.contextmanager
-def _services(load: Load) -> Iterator[Frontend]:
-    with tempfile.TemporaryDirectory(prefix="weft-bench-") as folder, contextlib.ExitStack() as stack:
-        target = f"unix:{folder}/backend.sock"
-        stack.enter_context(_process("weft.testing", "--listen", target, "--interval", str(load.interval)))
-        http_port, grpc_port = _free_port(), _free_port()
+def _services(load: Load, tokenizer: str) -> Iterator[Frontend]:
+    backend_port, http_port, grpc_port = _free_port(), _free_port(), _free_port()
+    target = f"127.0.0.1:{backend_port}"
+    with contextlib.ExitStack() as stack:
+        fake = ["--tokenizer", tokenizer, "--port", str(backend_port), "--interval", str(load.interval)]
+        stack.enter_context(_process("weft.testing", *fake))
         ports = ["--host", "127.0.0.1", "--port", str(http_port), "--grpc-port", str(grpc_port)]
         started = time.perf_counter()
         process = stack.enter_context(_process("weft_frontend", "--backend", target, "--workers", "1", *ports))
         model = _await_ready(process)
         yield Frontend(process.pid, model, http_port, grpc_port, time.perf_counter() - started)
+
+
+def _builtin_tokenizer() -> str:
+    """The built-in model's folder; it is looked for, the backend is not imported."""
+    found = importlib.util.find_spec("weft_backend")
+    for place in (found.submodule_search_locations or []) if found is not None else []:
+        if os.path.isfile(os.path.join(place, "weft_tiny", "tokenizer.json")):
+            return os.path.join(place, "weft_tiny")
+    raise click.UsageError("the built-in model is not installed: give --tokenizer")
 
 
 @contextlib.contextmanager
@@ -164,12 +177,14 @@ _Reader = Callable[[Frontend, Load, Seen], Coroutine[None, None, None]]
 
 async def _measure(frontend: Frontend, load: Load, read: _Reader) -> Cost:
     seen = Seen()
-    readers = [asyncio.create_task(read(frontend, load, seen)) for _ in range(load.streams)]
+    readers = [asyncio.create_task(_read_on(read, frontend, load, seen)) for _ in range(load.streams)]
     try:
         await asyncio.sleep(WARM_UP)
         for reader in readers:
             if reader.done():
                 await reader  # raises what ended it
+        if not seen.events:
+            raise click.ClickException("the readers receive nothing")
         before = (frontend.num_tokens(), frontend.cpu_seconds(), seen.events, time.perf_counter())
         await asyncio.sleep(load.seconds)
         after = (frontend.num_tokens(), frontend.cpu_seconds(), seen.events, time.perf_counter())
@@ -182,8 +197,14 @@ async def _measure(frontend: Frontend, load: Load, read: _Reader) -> Cost:
     return Cost(1e6 * cpu / tokens, tokens / seconds, tokens / events, cpu / seconds, rss_mb)
 
 
+async def _read_on(read: _Reader, frontend: Frontend, load: Load, seen: Seen) -> None:
+    """One stream after the other."""
+    while True:
+        await read(frontend, load, seen)
+
+
 def _num_tokens(load: Load) -> int:
-    return int((load.seconds + 2 * WARM_UP) / load.interval)
+    return min(MAX_TOKENS, int((load.seconds + 2 * WARM_UP) / load.interval))
 
 
 class _HttpReader(asyncio.Protocol):
