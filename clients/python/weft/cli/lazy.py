@@ -8,8 +8,6 @@ from typing import ClassVar
 
 import click
 
-from weft.errors import StartError, WeftError
-
 
 class LazyGroup(click.Group):
     """A click group over names; ``commands_by_name`` maps each to "module:attribute" and what it does.
@@ -37,5 +35,9 @@ class LazyGroup(click.Group):
     def invoke(self, context: click.Context) -> object:
         try:
             return super().invoke(context)
-        except (WeftError, StartError) as error:
-            raise click.ClickException(str(error)) from error
+        except Exception as error:
+            from weft.errors import StartError, WeftError  # imports grpc: 0.1 s that --help need not wait for
+
+            if isinstance(error, WeftError | StartError):
+                raise click.ClickException(str(error)) from error
+            raise

@@ -1,0 +1,97 @@
+"""The command line, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from weft.cli import main
+
+COMMANDS = ["serve", "chat", "complete", "run-batch", "bench", "bench engine", "bench serve", "bench frontend", "demo"]
+
+
+def run(*arguments: str, text: str | None = None) -> Any:
+    return CliRunner().invoke(main, arguments, input=text, catch_exceptions=False)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_short_and_complete(command: str) -> None:
+    result = run(*command.split(), "--help")
+    assert result.exit_code == 0, result.output
+    assert 3 <= len(result.output.splitlines()) <= 45
+
+
+def test_help_imports_no_client() -> None:
+    code = "from weft.cli import main; import sys; main(['-h'], standalone_mode=False); print('grpc' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.endswith("False\n")
+
+
+@pytest.mark.parametrize("service", ["backend", "frontend"])
+def test_services_take_their_own_arguments(service: str) -> None:
+    command = [sys.executable, "-c", "from weft.cli import main; main()", service, "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--drain-timeout" in result.stdout
+
+
+def test_chat_answers_once(target: str, service: Any) -> None:
+    result = run("chat", "--target", target, "-m", "hello", "--system", "Be brief.", "--temperature", "0")
+    assert result.output == "hello\n"
+    request = service.requests[-1].request
+    assert [(message.role, message.content) for message in request.messages] == [
+        ("system", "Be brief."),
+        ("user", "hello"),
+    ]
+    assert request.sampling.HasField("temperature")
+    assert not request.sampling.HasField("top_p")
+
+
+def test_chat_remembers(target: str, service: Any) -> None:
+    result = run("chat", "--target", target, text="one\ntwo\n\n")
+    assert result.exit_code == 0
+    assert [message.content for message in service.requests[-1].request.messages] == ["one", "one", "two"]
+
+
+def test_complete(target: str) -> None:
+    assert run("complete", "--target", target, "--max-tokens", "5", "abc").output == "abcab\n"
+    assert run("complete", "--target", target, "--max-tokens", "2", "-", text="xy").output == "xy\n"
+
+
+def test_errors_are_one_line(tmp_path: Any) -> None:
+    result = run("complete", "--target", f"unix:{tmp_path}/nobody.sock", "abc")
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ")
+    assert "Traceback" not in result.output
+
+
+def test_serve_needs_something_to_serve_on() -> None:
+    result = run("serve", "--port", "0", "--grpc-port", "0")
+    assert result.exit_code == 2
+
+
+def test_bench_serve_over_grpc(target: str, tmp_path: Any) -> None:
+    file = tmp_path / "out.json"
+    result = run(
+        "bench",
+        "serve",
+        "--target",
+        target,
+        "--streams",
+        "2",
+        "--requests",
+        "4",
+        "--max-tokens",
+        "8",
+        "--json",
+        str(file),
+    )
+    assert result.exit_code == 0, result.output
+    results = json.loads(file.read_text())
+    assert results["requests"] == 4
+    assert results["out_tok_s"] > 0
+    assert results["ttft_ms_p50"] > 0

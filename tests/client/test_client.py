@@ -1,0 +1,207 @@
+"""The sync and the async client against a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import grpc
+import pytest
+
+from weft import AsyncClient, Client, SamplingParams
+from weft.calls import PromptLike
+from weft.conversation import MessageLike
+from weft.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    Unauthenticated,
+    Unavailable,
+    Unsupported,
+    WeftError,
+)
+from weft.inference.v1 import inference_pb2 as pb
+from weft.transport import Attempt
+
+GREEDY = SamplingParams(temperature=0, max_tokens=4)
+
+
+def test_generate_sends_what_it_was_given(service: Any, target: str) -> None:
+    with Client(target, api_key="k") as client:
+        prompts: list[PromptLike] = ["ab", [99, 100]]
+        answer = client.generate(prompts, GREEDY, model="echo", echo=True, priority=3, user="me")
+    assert [choice.text for choice in answer.choices] == ["abab", "cdcd"]
+    request = service.requests[-1]
+    assert (request.model, request.echo, request.options.priority, request.options.user) == ("echo", True, 3, "me")
+    assert request.sampling == GREEDY.to_proto()
+    assert service.metadata[-1]["authorization"] == "Bearer k"
+
+
+@pytest.mark.parametrize("prompt", ["ab", [97, 98], {"prompt": "ab"}, {"prompt_token_ids": [97, 98]}])
+def test_a_single_prompt_of_any_kind(target: str, prompt: Any) -> None:
+    with Client(target) as client:
+        assert [choice.text for choice in client.generate(prompt, GREEDY).choices] == ["abab"]
+
+
+def test_streams(target: str) -> None:
+    with Client(target) as client:
+        texts = [part.choices[0].text for part in client.stream_generate("xyz", GREEDY)]
+        assert texts == ["x", "y", "z", "x"]
+        parts = client.stream_chat([{"role": "user", "content": "hey"}])
+        assert "".join(part.choices[0].text for part in parts) == "hey"
+
+
+def test_chat_takes_openai_shapes(service: Any, target: str) -> None:
+    function = {"name": "add", "description": "Add.", "parameters": {"type": "object"}}
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    messages: list[MessageLike] = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        pb.Message(role="tool", content="3", tool_call_id="c1"),
+    ]
+    with Client(target) as client:
+        client.chat(
+            messages,
+            tools=[{"type": "function", "function": function}],
+            tool_choice="required",
+            template_args={"thinking": False},
+            add_generation_prompt=False,
+        )
+    request = service.requests[-1]
+    assert request.messages[0].content == "ab"
+    assert request.messages[1].tool_calls[0].name == "add"
+    assert request.messages[2].tool_call_id == "c1"
+    assert (request.tools[0].name, request.tools[0].parameters) == ("add", '{"type": "object"}')
+    assert request.tool_choice.mode == pb.ToolChoice.MODE_REQUIRED
+    assert request.template_args.fields["thinking"].bool_value is False
+    assert request.HasField("add_generation_prompt")
+    assert not request.add_generation_prompt
+
+
+def test_tokens_and_models(service: Any, target: str) -> None:
+    with Client(target) as client:
+        assert client.tokenize("ab", add_special_tokens=False).token_ids == [97, 98]
+        assert service.requests[-1].HasField("add_special_tokens")
+        assert client.tokenize_chat([{"role": "user", "content": "c"}]).token_ids == [99]
+        assert client.detokenize([97, 98]).text == "ab"
+        assert [model.id for model in client.list_models().models] == ["echo"]
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequest),
+        (grpc.StatusCode.NOT_FOUND, NotFound),
+        (grpc.StatusCode.UNIMPLEMENTED, Unsupported),
+        (grpc.StatusCode.UNAUTHENTICATED, Unauthenticated),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, Overloaded),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceeded),
+        (grpc.StatusCode.CANCELLED, Cancelled),
+        (grpc.StatusCode.INTERNAL, WeftError),
+    ],
+)
+def test_statuses_become_typed_errors(service: Any, target: str, code: grpc.StatusCode, kind: type[WeftError]) -> None:
+    service.fail(code, "what is wrong", retry_after=1.5, field="sampling.top_p")
+    with Client(target) as client, pytest.raises(WeftError, match="what is wrong") as caught:
+        client.generate("a")
+    error = caught.value
+    assert type(error) is kind
+    assert (error.code, error.reason, error.field, error.retry_after) == (code, "A_REASON", "sampling.top_p", 1.5)
+    assert len(service.requests) == 1, "none of these is tried again"
+
+
+def test_unavailable_is_retried_after_the_asked_delay(service: Any, target: str) -> None:
+    service.fail(grpc.StatusCode.UNAVAILABLE, retry_after=0.2)
+    service.fail(grpc.StatusCode.UNAVAILABLE, retry_after=0.0)
+    begin = time.monotonic()
+    with Client(target) as client:
+        assert client.generate("a", GREEDY).choices[0].text == "aaaa"
+    assert len(service.requests) == 3
+    assert time.monotonic() - begin >= 0.2
+
+
+def test_retries_end(service: Any, target: str) -> None:
+    for _ in range(3):
+        service.fail(grpc.StatusCode.UNAVAILABLE, retry_after=0.0)
+    with Client(target, max_retries=1) as client, pytest.raises(Unavailable):
+        client.generate("a", GREEDY)
+    assert len(service.requests) == 2
+
+
+def test_a_stream_that_began_is_not_retried(service: Any, target: str) -> None:
+    service.fail_after_messages = 2
+    with Client(target) as client:
+        stream = client.stream_generate("abc", GREEDY)
+        assert [next(stream).choices[0].text for _ in range(2)] == ["a", "b"]
+        with pytest.raises(Unavailable):
+            next(stream)
+    assert len(service.requests) == 1
+
+
+def test_a_stream_that_never_began_is_retried(service: Any, target: str) -> None:
+    service.fail(grpc.StatusCode.UNAVAILABLE, retry_after=0.0)
+    with Client(target) as client:
+        assert len(list(client.stream_generate("abc", GREEDY))) == 4
+
+
+def test_leaving_a_stream_cancels_it(service: Any, target: str) -> None:
+    service.hold.clear()
+    with Client(target) as client:
+        stream = client.stream_generate("abc", GREEDY)
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        assert service.cancelled.wait(5)
+    service.hold.set()
+
+
+def test_timeouts(service: Any, target: str) -> None:
+    service.hold.clear()
+    with Client(target, timeout=0.2) as client:
+        with pytest.raises(DeadlineExceeded):
+            list(client.stream_generate("abc", GREEDY))
+        with pytest.raises(TimeoutError):
+            list(client.stream_generate("abc", GREEDY, timeout=0.1))
+    service.hold.set()
+
+
+def test_no_service(tmp_path: Any) -> None:
+    with Client(f"unix:{tmp_path}/nobody.sock", max_retries=0) as client, pytest.raises(Unavailable):
+        client.list_models()
+
+
+def test_a_deadline_before_the_retry_ends_it() -> None:
+    attempt = Attempt(timeout=0.5, max_retries=3)
+    error = Unavailable("no", grpc.StatusCode.UNAVAILABLE, retry_after=2.0)
+    with pytest.raises(Unavailable):
+        attempt.delay(error)
+
+
+async def test_async_client(service: Any, target: str) -> None:
+    async with AsyncClient(target, api_key="k") as client:
+        service.fail(grpc.StatusCode.UNAVAILABLE, retry_after=0.0)
+        assert (await client.generate("ab", GREEDY)).choices[0].text == "abab"
+        assert [part.choices[0].text async for part in client.stream_generate("xyz", GREEDY)] == ["x", "y", "z", "x"]
+        assert (await client.chat([{"role": "user", "content": "hey"}])).choices[0].text == "hey"
+        parts = [part async for part in client.stream_chat([{"role": "user", "content": "hey"}])]
+        assert "".join(part.choices[0].text for part in parts) == "hey"
+        assert (await client.tokenize("ab")).token_ids == [97, 98]
+        assert (await client.detokenize([97])).text == "a"
+        assert (await client.list_models()).models[0].id == "echo"
+        service.fail(grpc.StatusCode.INVALID_ARGUMENT, field="prompts")
+        with pytest.raises(InvalidRequest) as caught:
+            await client.generate("a")
+        assert caught.value.field == "prompts"
+    assert service.metadata[-1]["authorization"] == "Bearer k"
+
+
+async def test_async_stream_is_cancelled(service: Any, target: str) -> None:
+    service.hold.clear()
+    async with AsyncClient(target) as client:
+        stream = client.stream_generate("abc", GREEDY)
+        await anext(stream)
+        await stream.aclose()  # type: ignore[attr-defined]
+        assert await asyncio.to_thread(service.cancelled.wait, 5)
+    service.hold.set()
