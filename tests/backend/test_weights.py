@@ -179,6 +179,11 @@ def test_dummy_weights_are_seeded_and_need_no_file(tmp_path: Path) -> None:
     assert torch.equal(first["decoder.final_layer_norm.weight"], torch.ones(64))
 
 
+def test_an_unknown_load_format(llama: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^load_format: 'pt' is not one of auto, safetensors, dummy"):
+        load_model(load_model_config(llama), llama, device=CPU, load_format="pt")
+
+
 def test_heads_that_ranks_cannot_share(llama: Path) -> None:
     with pytest.raises(ConfigError, match=r"^num_key_value_heads: 2 cannot be split over 4 ranks"):
         load_model(load_model_config(llama), llama, device=CPU, tp=TensorParallel(0, 4))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from weft_backend.config_fields import ConfigError
 from weft_backend.layers import TensorParallel
 from weft_backend.model_config import ModelConfig
 from weft_backend.models.base import Decoder, Model
@@ -16,8 +17,9 @@ from weft_backend.models.opt import OPTDecoder
 from weft_backend.weights import fill_with_noise, load_weights
 from weft_kernels import ops_for
 
-__all__ = ["Model", "build_model", "load_model"]
+__all__ = ["LOAD_FORMATS", "Model", "build_model", "load_model"]
 
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
 SINGLE = TensorParallel()
 _DECODERS: dict[str, type[Decoder]] = {
     "LlamaForCausalLM": LlamaDecoder,
@@ -60,8 +62,11 @@ def load_model(
     """The model of the checkpoint in the folder ``path``, ready to run.
 
     ``load_format`` "dummy" draws weights from ``seed`` and reads no weight file; "auto" and "safetensors" read them.
-    Raises CheckpointError if a weight is missing, of another shape, superfluous or damaged.
+    Raises CheckpointError if a weight is missing, of another shape, unknown or damaged; ConfigError if the format is
+    unknown or the ranks of ``tp`` cannot share the model evenly.
     """
+    if load_format not in LOAD_FORMATS:
+        raise ConfigError("load_format", f"{load_format!r} is not one of {', '.join(LOAD_FORMATS)}")
     model = build_model(config, device, tp)
     if load_format == "dummy":
         fill_with_noise(model, seed)
