@@ -1,0 +1,118 @@
+"""``weft run-batch`` against a small HTTP server."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from weft.cli import main
+
+
+class EchoServer(ThreadingHTTPServer):
+    """Answers a completion with its prompt; statuses in ``failures`` are given first."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), EchoHandler)
+        self.failures: list[int] = []
+        self.keys: list[str | None] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class EchoHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: EchoServer
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.keys.append(self.headers["Authorization"])
+        status = self.server.failures.pop(0) if self.server.failures else 200
+        answer = json.dumps({"choices": [{"text": body["prompt"]}]}).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(answer)))
+        self.send_header("x-request-id", "r1")
+        self.send_header("retry-after", "0")
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[EchoServer]:
+    with EchoServer() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def request(number: int, **changes: Any) -> dict[str, Any]:
+    body = {"prompt": f"p{number}"}
+    return {"custom_id": f"c{number}", "method": "POST", "url": "/v1/completions", "body": body, **changes}
+
+
+def run(server: EchoServer, folder: Path, lines: list[str], *options: str) -> tuple[list[dict[str, Any]], str]:
+    source, output = folder / "in.jsonl", folder / "out.jsonl"
+    source.write_text("\n".join(lines) + "\n")
+    arguments = ["run-batch", "-i", str(source), "-o", str(output), "--base-url", server.url, *options]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in output.read_text().splitlines()], result.output
+
+
+def test_answers_are_in_the_order_of_the_requests(server: EchoServer, tmp_path: Path) -> None:
+    lines = [json.dumps(request(i)) for i in range(50)]
+    results, output = run(server, tmp_path, [*lines, "  "], "--concurrency", "3", "--api-key", "k")
+    assert [result["custom_id"] for result in results] == [f"c{i}" for i in range(50)]
+    assert [result["response"]["body"]["choices"][0]["text"] for result in results] == [f"p{i}" for i in range(50)]
+    assert {result["response"]["status_code"] for result in results} == {200}
+    assert {result["response"]["request_id"] for result in results} == {"r1"}
+    assert len({result["id"] for result in results}) == 50
+    assert set(server.keys) == {"Bearer k"}
+    assert "50 requests, 0 failed" in output
+
+
+def test_a_busy_service_is_asked_again_and_other_errors_are_kept(server: EchoServer, tmp_path: Path) -> None:
+    server.failures = [429, 503, 200, 400]
+    results, output = run(server, tmp_path, [json.dumps(request(i)) for i in range(2)], "--concurrency", "1")
+    assert [result["response"]["status_code"] for result in results] == [200, 400]
+    assert "2 requests, 1 failed" in output
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "Expecting"),
+        ("[]", "must be a JSON object"),
+        (json.dumps(request(1, custom_id=7)), "custom_id"),
+        (json.dumps(request(1, method="GET")), "method"),
+        (json.dumps(request(1, url="/metrics")), "url"),
+        (json.dumps(request(1, body=None)), "body"),
+        (json.dumps(request(1, body={"prompt": "a", "stream": True})), "stream"),
+    ],
+)
+def test_a_bad_line_fails_alone(server: EchoServer, tmp_path: Path, line: str, message: str) -> None:
+    results, output = run(server, tmp_path, [line, json.dumps(request(2))])
+    assert results[0]["response"] is None
+    assert results[0]["error"]["code"] == "invalid_line"
+    assert message in results[0]["error"]["message"]
+    assert results[1]["error"] is None
+    assert "2 requests, 1 failed" in output
+
+
+def test_a_service_that_is_gone(server: EchoServer, tmp_path: Path) -> None:
+    server.socket.close()
+    results, _ = run(server, tmp_path, [json.dumps(request(1))])
+    assert results[0]["error"]["code"] == "connection_error"
