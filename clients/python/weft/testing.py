@@ -22,8 +22,7 @@ from typing import Any
 
 import click
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.aio import HealthServicer
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from weft.engine.v1 import engine_pb2 as pb
 from weft.engine.v1 import engine_pb2_grpc, model_pb2
@@ -84,6 +83,7 @@ class FakeBackend:
         self.interval = interval
         self.target = address
         self.requests: list[pb.TokenRequest] = []  # every request that was submitted, bad ones too
+        self.num_steps = 0
         self.num_cancelled = 0
         self.num_acked_steps = 0
         self.stalled = False  # while set, nothing is sent at all: neither tokens nor signs of life
@@ -101,12 +101,12 @@ class FakeBackend:
     async def __aenter__(self) -> FakeBackend:
         self._server = grpc.aio.server()
         engine_pb2_grpc.add_EngineServiceServicer_to_server(_Service(self), self._server)  # type: ignore[no-untyped-call]
-        health = HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(health, self._server)
+        servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
         port = self._server.add_insecure_port(self.target)
         if not self.target.startswith("unix:"):
             self.target = f"{self.target.rpartition(':')[0]}:{port}"
-        await health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
         return self
 
@@ -134,7 +134,6 @@ class _Session:
         self.running: dict[int, _Running] = {}
         self._backend = backend
         self._outbox: asyncio.Queue[pb.SessionResponse] = asyncio.Queue()
-        self._step = 0
 
     def send(self, response: pb.SessionResponse) -> None:
         self._outbox.put_nowait(response)
@@ -197,7 +196,7 @@ class _Session:
         self.send(pb.SessionResponse(failure=named))
 
     def _run_step(self) -> None:
-        frame = pb.StepFrame(step=self._step)
+        frame = pb.StepFrame(step=self._backend.num_steps)
         writer = _FrameWriter(frame, self._backend.card)
         for slot, running in list(self.running.items()):
             if self._backend.failure is not None and running.num_steps == 1:
@@ -208,7 +207,7 @@ class _Session:
             if all(sequence.is_finished for sequence in running.sequences):
                 del self.running[slot]
         writer.finish()
-        self._step += 1
+        self._backend.num_steps += 1
         self.send(pb.SessionResponse(step=frame))
 
 
@@ -244,8 +243,6 @@ class _FrameWriter:
             self._frame.choices.extend(self._choices)
         if self._logprob_rows:
             self._frame.logprob_rows = self._logprob_rows.to_bytes((len(self._slots) + 7) // 8, "little")
-        if len(self._token_ids) < len(self._slots):  # a row of a request that generates nothing
-            self._frame.num_tokens.extend([0] * len(self._slots))
 
     def _add_token(self, slot: int, running: _Running, sequence: _Sequence) -> None:
         sampling = running.request.sampling
