@@ -1,0 +1,93 @@
+"""The one face of both implementations: the modules ``reference`` (CPU) and ``triton_ops`` (CUDA) satisfy ``Ops``.
+
+Sizes in the signatures: ``T`` tokens, ``B`` rows, ``S`` sampled rows, ``H`` hidden size, ``I`` intermediate size,
+``Hq`` and ``Hkv`` query and key-value heads, ``D`` head dim, ``P`` pages, ``V`` vocabulary. Tensors are contiguous and
+on one device; activations, weights and caches are float32, bfloat16 or float16, and sums are accumulated in float32.
+
+The CUDA implementation never waits for the device and takes its grids from shapes and from the layout's host integers,
+so every operation may be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from weft_kernels.layout import BatchLayout
+
+
+class Ops(Protocol):
+    """What models and sampler call; see ``reference`` for the math of each."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension: [T, H] -> [T, H]."""
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """``residual' = x + residual`` and ``rms_norm(residual')``: returns (normed, residual'), each [T, H]."""
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """``silu(gate) * up`` of gate ‖ up: [T, 2I] -> [T, I]."""
+
+    def rope_and_write_kv(
+        self,
+        qkv: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        layout: BatchLayout,
+        cos_sin: Tensor | None,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        q_norm_weight: Tensor | None = None,
+        k_norm_weight: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Tensor:
+        """Norm and rotate the queries and keys of q ‖ k ‖ v, write keys and values to their slots, return the queries.
+
+        ``qkv`` [T, (Hq + 2 Hkv) D] -> queries [T, Hq, D]. ``cos_sin`` float32 [max_pos, D] holds cosines in its first
+        half and sines in its second, rotating halves (NeoX style); None: no rotation. ``*_norm_weight`` [D] are the
+        per-head RMS norms of Qwen3, before the rotation; None: no norm.
+        """
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        layout: BatchLayout,
+        scale: float,
+        sliding_window: int = 0,
+        alibi_slopes: Tensor | None = None,
+    ) -> Tensor:
+        """Causal attention of every token over its own sequence: q [T, Hq, D] -> [T, Hq, D].
+
+        ``k_cache``, ``v_cache`` [P, Hkv, page_size, D]. A row's queries stand at its last positions; one at position i
+        sees keys 0 to i, or with ``sliding_window`` w > 0 only those above i - w. ``alibi_slopes`` float32 [Hq] adds
+        slope * (key position - query position) to the scaled scores. Padded rows give zeros.
+        """
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+    ) -> Tensor:
+        """Draw one token a row: logits float32 [S, V] -> ids int32 [S]. Parameters are [S]: top_k int32, seeds and
+        positions int64, the others float32.
+
+        Temperature below 1e-5 takes the likeliest token (the lowest id of equals). Else logits / temperature are cut
+        to the top_k largest (0: off), then to the fewest with top_p of their probability (1: off), then to those
+        with at least min_p of the largest probability (0: off); tokens equal to the last one kept are kept. The draw
+        depends on a row's own values alone, so batches do not matter. A row with NaN gives an arbitrary valid id.
+        """
+
+    def copy_pages(self, kv_cache: Tensor, from_to: Tensor) -> None:
+        """Copy pages in every layer: kv_cache [L, 2, P, Hkv, page_size, D], from_to int64 [N, 2] (from, to).
+
+        All sources are read before any target is written; targets are distinct.
+        """

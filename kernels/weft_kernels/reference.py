@@ -1,0 +1,220 @@
+"""Plain-torch twins of every op: the oracle of the kernels' tests, and what serves on the CPU. See ``Ops``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weft_kernels.layout import BatchLayout
+from weft_kernels.noise import gumbel
+
+GREEDY_BELOW = 1e-5
+NUM_CANDIDATES = 256  # 64 × 32k logits: topk(256) takes 10 ms, a full sort 157 ms; nearly every nucleus is smaller
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = _widen(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    residual = x + residual
+    return rms_norm(residual, weight, eps), residual
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    gate, up = _widen(gate_up).chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotate x [T, H, D] by cos_sin [T, D]."""
+    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+
+
+def rope_and_write_kv(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    layout: BatchLayout,
+    cos_sin: Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    heads = qkv.view(qkv.shape[0], -1, head_dim)
+    q, k, v = heads.tensor_split((num_heads, num_heads + num_kv_heads), dim=1)
+    q, k = _widen(q), _widen(k)
+    if q_norm_weight is not None:
+        q = rms_norm(q, q_norm_weight, eps)
+    if k_norm_weight is not None:
+        k = rms_norm(k, k_norm_weight, eps)
+    if cos_sin is not None:
+        angles = cos_sin[layout.positions]
+        q, k = _rotate(q, angles), _rotate(k, angles)
+    _write(k_cache, k.to(k_cache.dtype), layout.slots)
+    _write(v_cache, v.to(v_cache.dtype), layout.slots)
+    return q.to(qkv.dtype).contiguous()
+
+
+def _write(cache: Tensor, values: Tensor, slots: Tensor) -> None:
+    """Write values [T, Hkv, D] to their slots; slot -1 writes nothing."""
+    written = slots >= 0
+    if not bool(written.all()):
+        slots, values = slots[written], values[written]
+    page_size = cache.shape[2]
+    cache[slots // page_size, :, slots % page_size] = values
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    layout: BatchLayout,
+    scale: float,
+    sliding_window: int = 0,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    out = torch.zeros_like(q)
+    num_decode = layout.num_decode_rows
+    if num_decode:
+        decoded = _decode(q[:num_decode], k_cache, v_cache, layout, scale, sliding_window, alibi_slopes)
+        out[:num_decode] = decoded
+    starts, seq_lens = layout.query_starts.tolist(), layout.seq_lens.tolist()
+    for row in range(num_decode, len(seq_lens)):
+        start, end, seq_len = starts[row], starts[row + 1], seq_lens[row]
+        if seq_len and end > start:
+            pages = layout.page_table[layout.rows[row], : -(-seq_len // k_cache.shape[2])]
+            keys, values = (_gather(cache, pages[None])[0, :, :seq_len] for cache in (k_cache, v_cache))
+            out[start:end] = _prefill(q[start:end], keys, values, scale, sliding_window, alibi_slopes)
+    return out
+
+
+def _gather(cache: Tensor, pages: Tensor) -> Tensor:
+    """The tokens of pages [B, N], head by head: [B, Hkv, N * page_size, D], a copy."""
+    _, num_kv_heads, page_size, head_dim = cache.shape
+    tiles = pages.unsqueeze(1) * num_kv_heads + torch.arange(num_kv_heads, device=pages.device)[:, None]
+    gathered = cache.view(-1, page_size * head_dim).index_select(0, tiles.flatten())
+    return _widen(gathered).view(pages.shape[0], num_kv_heads, -1, head_dim)
+
+
+def _decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    layout: BatchLayout,
+    scale: float,
+    sliding_window: int,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """One query a row, all rows at once, padded to the longest: q [B, Hq, D] -> [B, Hq, D]."""
+    num_rows, _, head_dim = q.shape
+    _, num_kv_heads, page_size, _ = k_cache.shape
+    seq_lens = layout.seq_lens[:num_rows, None]
+    num_pages = max(1, -(-int(seq_lens.max()) // page_size))
+    positions = torch.arange(num_pages * page_size, device=q.device)
+    pages = layout.page_table[layout.rows[:num_rows], :num_pages]
+    pages = pages.masked_fill(positions[::page_size] >= seq_lens, 0)
+    unseen = positions >= seq_lens
+    if sliding_window:
+        unseen |= positions < seq_lens - sliding_window
+    grouped = _widen(q).reshape(num_rows, num_kv_heads, -1, head_dim) * scale
+    scores = grouped @ _gather(k_cache, pages).transpose(2, 3)
+    if alibi_slopes is not None:
+        distances = (positions - (seq_lens - 1)).to(scores.dtype)[:, None, None]
+        scores += alibi_slopes.view(1, num_kv_heads, -1, 1) * distances
+    scores.masked_fill_(unseen[:, None, None], torch.finfo(scores.dtype).min)
+    # An unseen value may be NaN, left by a sequence that has gone: a weight of zero would not silence it.
+    values = _gather(v_cache, pages).masked_fill_(unseen[:, None, :, None], 0.0)
+    return (scores.softmax(-1) @ values).view(q.shape).to(q.dtype)
+
+
+def _prefill(
+    q: Tensor, keys: Tensor, values: Tensor, scale: float, sliding_window: int, alibi_slopes: Tensor | None
+) -> Tensor:
+    """The last queries of one sequence: q [L, Hq, D], keys and values [Hkv, N, D] -> [L, Hq, D]."""
+    query_len, _, head_dim = q.shape
+    num_kv_heads, seq_len, _ = keys.shape
+    key_positions = torch.arange(seq_len, device=q.device)
+    distances = key_positions - key_positions[seq_len - query_len :, None]
+    seen = distances <= 0
+    if sliding_window:
+        seen &= distances > -sliding_window
+    mask = seen
+    if alibi_slopes is not None:
+        bias = alibi_slopes.view(num_kv_heads, -1, 1, 1) * distances
+        mask = bias.to(keys.dtype).masked_fill_(~seen, float("-inf"))
+    grouped = _widen(q).view(query_len, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    shape = (*grouped.shape[:2], seq_len, head_dim)
+    attended = F.scaled_dot_product_attention(
+        grouped, keys[:, None].expand(shape), values[:, None].expand(shape), attn_mask=mask, scale=scale
+    )
+    return attended.permute(2, 0, 1, 3).reshape(q.shape).to(q.dtype)
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    token_ids = logits.argmax(-1).to(torch.int32)
+    drawn = (temperature >= GREEDY_BELOW).nonzero().squeeze(1)
+    if len(drawn):
+        parameters = (top_k[drawn], top_p[drawn], min_p[drawn])
+        scaled = logits[drawn] * temperature[drawn].reciprocal().unsqueeze(1)
+        kept = _truncate(scaled, *parameters)
+        scores = kept + gumbel(seeds[drawn], positions[drawn], logits.shape[1])
+        token_ids[drawn] = scores.argmax(-1).to(torch.int32)
+    return token_ids
+
+
+def _truncate(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Logits [S, V] with those that top_k, then top_p, then min_p drop set to -inf."""
+    vocab_size = logits.shape[1]
+    cut = ((top_k > 0) & (top_k < vocab_size)) | (top_p < 1)
+    if bool(cut.any()):
+        floor = logits.new_full((len(logits), 1), float("-inf"))
+        floor[cut] = _floor(logits[cut], top_k[cut], top_p[cut])
+        logits = logits.masked_fill(logits < floor, float("-inf"))
+    if bool((min_p > 0).any()):
+        relative = torch.exp(logits - logits.amax(-1, keepdim=True))
+        logits = logits.masked_fill(relative < min_p.unsqueeze(1), float("-inf"))
+    return logits
+
+
+def _floor(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The smallest logit [S, 1] that top_k and then top_p keep; from a few candidates if those hold the answer."""
+    vocab_size = logits.shape[1]
+    limited = ((top_k > 0) & (top_k < vocab_size)).unsqueeze(1)
+    limits = torch.where(limited, top_k.unsqueeze(1), 1).long()
+    top_p = top_p.unsqueeze(1)
+    few = min(max(NUM_CANDIDATES, int(limits.max())), vocab_size)
+    for num_candidates in (few, vocab_size):
+        candidates = logits.topk(num_candidates).values
+        kth = candidates.gather(1, limits - 1).masked_fill_(~limited, float("-inf"))
+        total = torch.logsumexp(logits.masked_fill(logits < kth, float("-inf")), -1, keepdim=True)
+        before = torch.exp(candidates - total).cumsum(-1).roll(1, -1)
+        before[:, 0] = -1.0  # the likeliest stays, whatever top_p
+        kept = (candidates >= kth) & ((before < top_p) | (top_p >= 1))
+        last = kept.sum(-1, keepdim=True).clamp(min=1) - 1
+        if bool((limited | (last < num_candidates - 1)).all()):
+            break
+    return candidates.gather(1, last)
+
+
+def copy_pages(kv_cache: Tensor, from_to: Tensor) -> None:
+    kv_cache[:, :, from_to[:, 1]] = kv_cache[:, :, from_to[:, 0]]

@@ -1,0 +1,131 @@
+"""Per-head RMSNorm, rotary embedding and the write of keys and values to their pages, in one Triton kernel.
+
+A program takes one token and BLOCK_HEADS of its Hq + 2 Hkv heads, each as two halves (x1 ‖ x2) of D / 2::
+
+    x  = x / sqrt(mean(x²) + eps) * norm_weight      queries and keys, if there are norm weights
+    x1' = x1 cos - x2 sin,  x2' = x2 cos + x1 sin    queries and keys, if there is a table
+    queries -> q [T, Hq, D];  keys, values -> cache [P, Hkv, page_size, D] at slot = page * page_size + offset
+
+All in float32, rounded once at the end. A token with slot -1 writes no key and no value.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from weft_kernels.layout import BatchLayout
+
+BLOCK_ELEMENTS = 2048
+
+
+@triton.jit
+def _rope_and_write_kv_kernel(
+    qkv: tl.tensor,
+    q_out: tl.tensor,
+    k_cache: tl.tensor,
+    v_cache: tl.tensor,
+    positions: tl.tensor,
+    slots: tl.tensor,
+    cos_sin: tl.tensor | None,
+    q_norm_weight: tl.tensor | None,
+    k_norm_weight: tl.tensor | None,
+    eps: float,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,  # of a head
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+) -> None:
+    DIM: tl.constexpr = 2 * HALF
+    token = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
+    column = tl.arange(0, BLOCK_HALF)[None, :]
+    in_half = column < HALF
+    is_query = head < NUM_HEADS
+    is_key = (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS)
+    is_value = (head >= NUM_HEADS + NUM_KV_HEADS) & (head < NUM_HEADS + 2 * NUM_KV_HEADS)
+    source = qkv + (token * (NUM_HEADS + 2 * NUM_KV_HEADS) + head) * DIM + column
+    loaded = (is_query | is_key | is_value) & in_half
+    left = tl.load(source, mask=loaded, other=0.0).to(tl.float32)
+    right = tl.load(source + HALF, mask=loaded, other=0.0).to(tl.float32)
+
+    square_sum = tl.sum(left * left + right * right, axis=1)[:, None]
+    scale = tl.rsqrt(square_sum / DIM + eps)
+    if q_norm_weight is not None:
+        q_norm = q_norm_weight + column
+        left = tl.where(is_query, left * scale * tl.load(q_norm, mask=in_half, other=0.0), left)
+        right = tl.where(is_query, right * scale * tl.load(q_norm + HALF, mask=in_half, other=0.0), right)
+    if k_norm_weight is not None:
+        k_norm = k_norm_weight + column
+        left = tl.where(is_key, left * scale * tl.load(k_norm, mask=in_half, other=0.0), left)
+        right = tl.where(is_key, right * scale * tl.load(k_norm + HALF, mask=in_half, other=0.0), right)
+    if cos_sin is not None:
+        angles = cos_sin + tl.load(positions + token) * DIM + column
+        cos = tl.where(is_value, 1.0, tl.load(angles, mask=in_half, other=0.0))
+        sin = tl.where(is_value, 0.0, tl.load(angles + HALF, mask=in_half, other=0.0))
+        left, right = left * cos - right * sin, right * cos + left * sin
+
+    left, right = left.to(q_out.dtype.element_ty), right.to(q_out.dtype.element_ty)
+    q_at = q_out + (token * NUM_HEADS + head) * DIM + column
+    tl.store(q_at, left, mask=is_query & in_half)
+    tl.store(q_at + HALF, right, mask=is_query & in_half)
+    slot = tl.load(slots + token)
+    if slot >= 0:
+        kv_head = (head - NUM_HEADS) % NUM_KV_HEADS
+        at = (((slot // PAGE_SIZE) * NUM_KV_HEADS + kv_head) * PAGE_SIZE + slot % PAGE_SIZE) * DIM + column
+        tl.store(k_cache + at, left, mask=is_key & in_half)
+        tl.store(k_cache + at + HALF, right, mask=is_key & in_half)
+        tl.store(v_cache + at, left, mask=is_value & in_half)
+        tl.store(v_cache + at + HALF, right, mask=is_value & in_half)
+
+
+def rope_and_write_kv(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    layout: BatchLayout,
+    cos_sin: Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """qkv [T, (Hq + 2 Hkv) D] -> rotated queries [T, Hq, D]; keys and values go to the caches. See ``Ops``."""
+    num_tokens, num_all_heads = qkv.shape[0], num_heads + 2 * num_kv_heads
+    assert qkv.shape == (num_tokens, num_all_heads * head_dim)
+    assert qkv.is_contiguous()
+    assert k_cache.shape == v_cache.shape
+    assert qkv.dtype == k_cache.dtype == v_cache.dtype
+    assert k_cache.shape[1::2] == (num_kv_heads, head_dim)
+    assert k_cache.is_contiguous()
+    assert v_cache.is_contiguous()
+    assert layout.slots.shape == layout.positions.shape == (num_tokens,)
+    assert cos_sin is None or (cos_sin.shape[1] == head_dim and cos_sin.is_contiguous())
+    q = qkv.new_empty((num_tokens, num_heads, head_dim))
+    block_half = triton.next_power_of_2(head_dim // 2)
+    block_heads = min(BLOCK_ELEMENTS // (2 * block_half), triton.next_power_of_2(num_all_heads))
+    if num_tokens:
+        _rope_and_write_kv_kernel[(num_tokens, triton.cdiv(num_all_heads, block_heads))](
+            qkv,
+            q,
+            k_cache,
+            v_cache,
+            layout.positions,
+            layout.slots,
+            cos_sin,
+            q_norm_weight,
+            k_norm_weight,
+            eps,
+            NUM_HEADS=num_heads,
+            NUM_KV_HEADS=num_kv_heads,
+            HALF=head_dim // 2,
+            PAGE_SIZE=k_cache.shape[2],
+            BLOCK_HEADS=block_heads,
+            BLOCK_HALF=block_half,
+        )
+    return q
