@@ -136,7 +136,8 @@ class Engine:
 
     def _launch(self, plan: StepPlan | None) -> None:
         if plan is not None:
-            self._in_flight.append((plan, self._runner.launch(plan), time.monotonic()))
+            start = time.monotonic()
+            self._in_flight.append((plan, self._runner.launch(plan), start))
         elif self._scheduler.has_work and not self._in_flight:
             raise RuntimeError("requests are waiting, but the scheduler plans no step")
 

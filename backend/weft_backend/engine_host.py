@@ -8,7 +8,6 @@ import logging
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable
 
 from weft_backend.channel import EngineChannel, Kind
@@ -45,25 +44,6 @@ def _end(channel: EngineChannel, last_words: str) -> int:
 
 
 def _follow_parent() -> None:
-    """Leave Ctrl-C and SIGTERM to the I/O process, which drains, and end with it even from inside a hung kernel."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """End with the I/O process, even from inside a hung kernel, where the channel's end is not seen."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-class Stage:
-    """Prints one line with the seconds that a stage of the start took: ``with Stage("weights"): …``."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self.detail = ""
-
-    def __enter__(self) -> Stage:
-        self._start = time.monotonic()
-        return self
-
-    def __exit__(self, failed: object, *_: object) -> None:
-        if not failed:
-            seconds = time.monotonic() - self._start
-            print(f"weft: {self._name:8} {seconds:6.2f} s  {self.detail}", file=sys.stderr, flush=True)

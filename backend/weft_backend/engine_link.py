@@ -166,6 +166,7 @@ async def start_engine(link: EngineLink, module: str, config: EngineConfig) -> P
             str(theirs.fileno()),
             config.to_json(),
             stdin=DEVNULL,
+            start_new_session=True,  # Ctrl-C and SIGTERM to the group are ours: we drain first
             pass_fds=[theirs.fileno()],
         )
     await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=ours)

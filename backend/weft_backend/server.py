@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 from collections.abc import Coroutine
 
 import grpc
@@ -20,6 +19,7 @@ from weft_backend.interceptors import ErrorInterceptor
 from weft_backend.metrics import serve_metrics
 from weft_backend.servicer import EngineServicer, add_to_server
 from weft_backend.sessions import Sessions
+from weft_backend.stages import Stage
 from weft_backend.watchdog import watch_engine
 
 ENGINE_MODULE = "weft_backend.engine_process"
@@ -53,6 +53,7 @@ class Backend:
         self._engine_module = engine_module
         self._sessions = Sessions(config.ack_window, config.heartbeat_interval, config.session_timeout)
         self._stop = asyncio.Event()
+        self._start = Stage("ready")
         self._tasks: list[asyncio.Task[None]] = []
         self.link = EngineLink(self._sessions)
         self.health = Health()
@@ -99,9 +100,7 @@ class Backend:
     async def _supervise_engine(self) -> None:
         card = await asyncio.shield(self.link.ready)
         self.health.set_ready(not self.link.load.draining)
-        print(
-            f"weft: ready    {card.name} at {self._config.address}, up to {card.max_model_len} tokens", file=sys.stderr
-        )
+        self._start.end(f"{card.name} at {self._config.address}, up to {card.max_model_len} tokens")
         await watch_engine(self.link, self.health, self._config.watchdog_timeout, self.engine.kill)
 
     async def _engine_closed(self) -> None:

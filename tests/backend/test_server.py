@@ -68,7 +68,7 @@ async def test_the_watchdog_ends_a_hung_engine_and_an_idle_one_may_be_silent() -
         await asyncio.sleep(0.5)
         assert not backend.health.is_ready
         assert await seconds_until_status(session, StatusCode.UNAVAILABLE) < 2
-        with pytest.raises(EngineDied, match="1 requests were open and it made no step for 0.8 s"):
+        with pytest.raises(EngineDied, match=r"1 requests were open and it made no step for 0.8 s"):
             await backend.run()
 
 
