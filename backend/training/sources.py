@@ -36,9 +36,12 @@ class Relation:
     pairs: tuple[tuple[str, str], ...]
 
     def turn(self, rng: Random, exam: bool) -> Turn:
+        """In the exam, every plain statement about the pair is a right answer too."""
         pair = rng.choice(self.pairs)
+        ask = fill(pick(rng, self.asks, exam), pair)
+        right = (self.answer, *self.statements) if exam else (self.answer,)
         brief = pair[0] if self.name == "capital-of" else pair[1]
-        return Turn(fill(pick(rng, self.asks, exam), pair), (fill(self.answer, pair),), capitalized(brief) + ".")
+        return Turn(ask, tuple(fill(form, pair) for form in right), capitalized(brief) + ".")
 
     def statement(self, rng: Random, exam: bool) -> str:
         return fill(pick(rng, self.statements, exam), rng.choice(self.pairs))
