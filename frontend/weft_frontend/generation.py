@@ -9,10 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Sequence
 from types import TracebackType
 
 import grpc
@@ -22,32 +19,26 @@ from weft.engine.v1 import engine_pb2 as engine
 from weft.inference.v1 import inference_pb2 as pb
 from weft.inference.v1.sampling_pb2 import SamplingParams
 from weft_frontend import router
-from weft_frontend.chat_template import ChatTemplate
 from weft_frontend.choice import ChoiceDelta
 from weft_frontend.config import FrontendConfig
-from weft_frontend.conversation import render_prompt
-from weft_frontend.errors import DeadlineExceeded, InvalidRequest, Unsupported, from_status
+from weft_frontend.errors import DeadlineExceeded, InvalidRequest, from_status
 from weft_frontend.logprobs import TokenLogprob
 from weft_frontend.models import ModelRegistry, ServedModel
 from weft_frontend.prompt_run import PromptRun
+from weft_frontend.prompts import (
+    Prompt,
+    encode_chat,
+    encode_prompts,
+    estimate_chat,
+    estimate_prompts,
+    refuse_tool_calls,
+    request_errors,
+)
 from weft_frontend.router import BackendStatus
 from weft_frontend.sampling import engine_sampling, fit_max_tokens, num_choices, text_options
 from weft_frontend.stream import GenerationStream
-from weft_frontend.tokenizer import INLINE_CHARS, TokenizerError
 
 __all__ = ["BackendStatus", "ChoiceDelta", "Generation", "GenerationStream", "TokenLogprob"]
-
-BYTES_PER_TOKEN = 4  # about right for English and Chinese alike; only admission goes by it
-INLINE_IDS = 1000  # decoding more than this on the event loop would hold it for a millisecond
-
-
-@dataclass(frozen=True, slots=True)
-class _Prompt:
-    """A tokenized prompt."""
-
-    token_ids: list[int]
-    field: str  # names it in the public request
-    echo: str  # text that its choices begin with
 
 
 class Generation:
@@ -94,52 +85,50 @@ class Generation:
         """
         deadline = self._deadline(time_left)
         name, model = self._models.find(request.model)
-        with _as_request_errors():
+        with request_errors():
             text_limits.check_generate_request(request, model.card, stream)
         _check_asks_for_something(request.sampling, request.echo)
-        router.admit(model.backends, name, sum(_cost(prompt) for prompt in request.prompts))
-        prompts = await _encode_prompts(request, model)
+        router.admit(model.backends, name, estimate_prompts(request))
+        prompts = await encode_prompts(request, model)
         return self._submit(name, model, prompts, request, text_limits.DEFAULT_MAX_TOKENS, stream, deadline)
 
     async def chat(self, request: pb.ChatRequest, *, stream: bool, time_left: float | None = None) -> GenerationStream:
         """Answer a conversation; as ``generate``."""
         deadline = self._deadline(time_left)
         name, model = self._models.find(request.model)
-        with _as_request_errors():
+        with request_errors():
             text_limits.check_chat_request(request, model.card, stream)
-        _refuse_tool_calls(request)
+        refuse_tool_calls(request)
         _check_asks_for_something(request.sampling, request.echo)
-        router.admit(model.backends, name, _num_chars(request) // BYTES_PER_TOKEN)
-        token_ids = await self._encode_chat(request, model, add_special_tokens=False)
-        with _as_request_errors():
-            limits.check_prompt_len(len(token_ids), model.card, "messages")
-        prompt = _Prompt(token_ids, "messages", request.messages[-1].content if request.echo else "")
+        router.admit(model.backends, name, estimate_chat(request))
+        prompt = await encode_chat(request, model, trust_template=self._config.trust_request_chat_template)
+        with request_errors():
+            limits.check_prompt_len(len(prompt.token_ids), model.card, "messages")
         return self._submit(name, model, [prompt], request, None, stream, deadline)
 
     async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         """Text, or a conversation through its template, to ids. Raises WeftError."""
         _, model = self._models.find(request.model or request.chat.model)
-        with _as_request_errors():
+        with request_errors():
             text_limits.check_tokenize_request(request, model.card)
         is_chat = request.HasField("chat")
-        add = request.add_special_tokens if request.HasField("add_special_tokens") else not is_chat
+        add_special = request.add_special_tokens if request.HasField("add_special_tokens") else not is_chat
         if is_chat:
-            token_ids = await self._encode_chat(request.chat, model, add_special_tokens=add)
+            trust = self._config.trust_request_chat_template
+            prompt = await encode_chat(request.chat, model, trust_template=trust, add_special_tokens=add_special)
+            token_ids = prompt.token_ids
         else:
-            token_ids = (await model.text.tokenizer.encode([request.text], add_special_tokens=add))[0]
+            (token_ids,) = await model.text.tokenizer.encode([request.text], add_special_tokens=add_special)
         return pb.TokenizeResponse(token_ids=token_ids, max_model_len=model.card.max_model_len)
 
     async def detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
         """Ids to text. Raises WeftError."""
         _, model = self._models.find(request.model)
-        with _as_request_errors():
+        with request_errors():
             text_limits.check_detokenize_request(request, model.card)
-        token_ids = list(request.token_ids)
-        decode = model.text.tokenizer.decode
-        if len(token_ids) <= INLINE_IDS:
-            text = decode(token_ids, skip_special_tokens=request.skip_special_tokens)
-        else:
-            text = await asyncio.to_thread(decode, token_ids, skip_special_tokens=request.skip_special_tokens)
+        text = await model.text.tokenizer.decode(
+            list(request.token_ids), skip_special_tokens=request.skip_special_tokens
+        )
         return pb.DetokenizeResponse(text=text)
 
     def list_models(self) -> pb.ListModelsResponse:
@@ -183,27 +172,11 @@ class Generation:
             raise DeadlineExceeded("the request's deadline is over")
         return time.monotonic() + time_left
 
-    async def _encode_chat(self, request: pb.ChatRequest, model: ServedModel, *, add_special_tokens: bool) -> list[int]:
-        if request.chat_template:
-            if not self._config.trust_request_chat_template:
-                message = "chat_template: the operator does not allow templates in requests"
-                raise InvalidRequest(message, field="chat_template")
-            template = _request_template(request.chat_template, tuple(model.text.tokenizer.template_tokens.items()))
-        else:
-            template = model.text.template(with_tools=bool(request.tools))
-        max_chars = model.card.max_model_len * text_limits.MAX_CHARS_PER_TOKEN
-        args = (request, template, model.text.control_tokens, max_chars)
-        if _num_chars(request) <= INLINE_CHARS and not request.chat_template:
-            pieces = render_prompt(*args)
-        else:
-            pieces = await asyncio.to_thread(render_prompt, *args)
-        return await model.text.tokenizer.encode_pieces(pieces, add_special_tokens=add_special_tokens)
-
     def _submit(
         self,
         name: str,
         model: ServedModel,
-        prompts: Sequence[_Prompt],
+        prompts: Sequence[Prompt],
         request: pb.GenerateRequest | pb.ChatRequest,
         default_max_tokens: int | None,
         streaming: bool,
@@ -215,7 +188,7 @@ class Generation:
             max_tokens = fit_max_tokens(sampling, model.card, len(prompt.token_ids), default_max_tokens)
             token_requests.append(
                 engine.TokenRequest(
-                    request_id=options.request_id or f"req-{uuid.uuid4().hex}",
+                    request_id=options.request_id or uuid.uuid4().hex,
                     prompt_token_ids=prompt.token_ids,
                     sampling=engine_sampling(sampling, model.card, max_tokens),
                     priority=options.priority,
@@ -235,69 +208,11 @@ class Generation:
         return stream
 
 
-async def _encode_prompts(request: pb.GenerateRequest, model: ServedModel) -> list[_Prompt]:
-    tokenizer = model.text.tokenizer
-    texts = [prompt.text for prompt in request.prompts if prompt.HasField("text")]
-    encoded = iter(await tokenizer.encode(texts))
-    prompts = []
-    for i, prompt in enumerate(request.prompts):
-        if prompt.HasField("text"):
-            token_ids, echo, field = next(encoded), prompt.text, f"prompts[{i}].text"
-        else:
-            token_ids, field = list(prompt.token_ids.ids), f"prompts[{i}].token_ids"
-            echo = tokenizer.decode(token_ids, skip_special_tokens=True) if request.echo else ""
-        with _as_request_errors():
-            if not token_ids:
-                raise limits.InvalidField(field, "has no tokens")
-            limits.check_prompt_len(len(token_ids), model.card, field)
-        prompts.append(_Prompt(token_ids, field, echo if request.echo else ""))
-    return prompts
-
-
-@lru_cache(maxsize=16)
-def _request_template(source: str, tokens: tuple[tuple[str, str], ...]) -> ChatTemplate:
-    try:
-        return ChatTemplate(source, dict(tokens))
-    except TokenizerError as error:
-        raise InvalidRequest(f"chat_template: {error}", field="chat_template") from error
-
-
-@contextmanager
-def _as_request_errors() -> Iterator[None]:
-    """The errors of the shared checks as errors of the frontend."""
-    try:
-        yield
-    except limits.Unsupported as error:
-        raise Unsupported(str(error), field=error.field) from error
-    except limits.InvalidField as error:
-        raise InvalidRequest(str(error), field=error.field) from error
-
-
-def _refuse_tool_calls(request: pb.ChatRequest) -> None:
-    """Templates render tools, but calls are not parsed out of the answer, so a model may not be asked for one."""
-    choice = request.tool_choice
-    if choice.WhichOneof("choice") == "mode" and choice.mode == pb.ToolChoice.MODE_NONE:
-        return
-    if request.tools:
-        raise Unsupported("tools: calling tools is not supported; set tool_choice to none", field="tools")
-    if choice.WhichOneof("choice") == "name" or choice.mode == pb.ToolChoice.MODE_REQUIRED:
-        raise Unsupported("tool_choice: calling tools is not supported", field="tool_choice")
-
-
 def _check_asks_for_something(sampling: SamplingParams, echo: bool) -> None:
     wants_prompt = echo or sampling.HasField("prompt_logprobs")
     if sampling.HasField("max_tokens") and not sampling.max_tokens and not wants_prompt:
         message = "sampling.max_tokens: must be at least 1 without echo or prompt_logprobs"
         raise InvalidRequest(message, field="sampling.max_tokens")
-
-
-def _cost(prompt: pb.Prompt) -> int:
-    """About how many tokens a prompt has."""
-    return len(prompt.text.encode()) // BYTES_PER_TOKEN + len(prompt.token_ids.ids)
-
-
-def _num_chars(request: pb.ChatRequest) -> int:
-    return sum(len(message.content) for message in request.messages)
 
 
 def _milliseconds_left(deadline: float | None) -> int | None:

@@ -37,10 +37,8 @@ class TokenSink(Protocol):
 
 def fan_out(frame: pb.StepFrame, requests: Mapping[int, TokenSink]) -> None:
     """Give each row of ``frame`` to its request; rows of unknown slots belong to requests that were cancelled."""
-    if frame.prompt_logprobs:
-        for chunk in frame.prompt_logprobs:
-            if (request := requests.get(chunk.slot)) is not None:
-                request.push_prompt_logprobs(chunk)
+    for chunk in frame.prompt_logprobs:
+        _push_prompt_logprobs(requests.get(chunk.slot), chunk)
     if frame.num_tokens or frame.logprob_rows or frame.finishes:
         _fan_out_rows(frame, requests)
         return
@@ -70,6 +68,15 @@ def _fan_out_rows(frame: pb.StepFrame, requests: Mapping[int, TokenSink]) -> Non
         _push_row(requests.get(slot), choice, index, token_ids, logprobs, finish)
     for (slot, choice), finish in finishes.items():  # ends without a token in this step
         _push_row(requests.get(slot), choice, 0, [], None, finish)
+
+
+def _push_prompt_logprobs(request: TokenSink | None, chunk: pb.PromptLogprobs) -> None:
+    if request is None:
+        return
+    try:
+        request.push_prompt_logprobs(chunk)
+    except Exception:  # as above
+        _fail(request)
 
 
 def _push_row(

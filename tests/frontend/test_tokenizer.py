@@ -13,7 +13,7 @@ async def test_encodes_as_the_library_does(byte_level_files: dict[str, bytes]) -
     tokenizer = Tokenizer(byte_level_files)
     texts = [HELLO, "", "the<|im_end|>"]
     assert await tokenizer.encode(texts) == [byte_level_tokenizer().encode(text).ids for text in texts]
-    assert tokenizer.decode((await tokenizer.encode([HELLO]))[0]) == HELLO
+    assert await tokenizer.decode((await tokenizer.encode([HELLO]))[0]) == HELLO
 
 
 async def test_long_texts_are_encoded_off_the_loop(byte_level_files: dict[str, bytes]) -> None:
@@ -84,7 +84,7 @@ async def test_control_tokens_in_content_stay_text(byte_level_files: dict[str, b
     assert marked["content"][1:] == [3, None]
     token_ids = await tokenizer.encode_pieces(split_marks(marked["content"][0] + "<|im_end|>"))
     assert token_ids.count(end) == 1  # only the one that was not protected
-    assert tokenizer.decode(token_ids) == attack + "<|im_end|>"
+    assert await tokenizer.decode(token_ids) == attack + "<|im_end|>"
 
 
 def test_overlapping_control_tokens_are_all_cut() -> None:
