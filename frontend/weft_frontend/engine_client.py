@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -151,7 +152,9 @@ class EngineClient:
         async with grpc.aio.insecure_channel(self.target, options=CHANNEL_OPTIONS) as channel:
             self._stub = EngineServiceStub(channel)  # type: ignore[no-untyped-call]
             self._outbox = asyncio.Queue()
-            call = self._stub.Session(self._outgoing(self._outbox))
+            call = self._stub.Session()
+            # Not a request iterator: grpc leaves the task that reads one behind when the call ends by itself.
+            writer = asyncio.create_task(self._write(call, self._outbox))
             keepalive = asyncio.create_task(self._keep_alive())
             try:
                 async with asyncio.timeout(WELCOME_SECONDS):
@@ -160,6 +163,7 @@ class EngineClient:
                 await self._read(call)
             finally:
                 keepalive.cancel()
+                writer.cancel()
                 call.cancel()
 
     async def _open(self, first: pb.SessionResponse) -> None:
@@ -179,10 +183,12 @@ class EngineClient:
         self._logged_cause = ""
         logger.info("backend %s: ready with %s", self.target, welcome.model.name)
 
-    async def _outgoing(self, outbox: asyncio.Queue[pb.SessionRequest]) -> AsyncIterator[pb.SessionRequest]:
-        yield pb.SessionRequest(hello=self._hello)
-        while True:
-            yield await outbox.get()
+    async def _write(self, call: Any, outbox: asyncio.Queue[pb.SessionRequest]) -> None:
+        # When the call is over, the reader says why.
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            await call.write(pb.SessionRequest(hello=self._hello))
+            while True:
+                await call.write(await outbox.get())
 
     async def _read(self, call: Any) -> None:
         loop = asyncio.get_running_loop()

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import pytest
 from waiting import until
@@ -191,3 +192,12 @@ async def test_a_refusal_is_logged_once_and_tried_again(
         task.cancel()
         assert caplog.text.count("not this one") == 1
         assert not client.ready
+
+
+async def test_failing_to_connect_leaves_no_tasks_behind(tmp_path: Path) -> None:
+    before = len(asyncio.all_tasks())
+    task = asyncio.create_task(EngineClient(f"unix:{tmp_path}/none", "test", welcome).run())
+    await asyncio.sleep(1)  # some five attempts
+    assert len(asyncio.all_tasks()) <= before + 5  # the client's own, and those of one attempt
+    task.cancel()
+    await until(lambda: len(asyncio.all_tasks()) == before)
