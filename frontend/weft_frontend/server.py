@@ -44,7 +44,7 @@ class Worker:
         measured = MeasuredGeneration(self._metrics, self.generation)
         await self.generation.__aenter__()
         if config.grpc_address is not None:
-            self._grpc = GrpcServer(config, config.grpc_address, self.generation, measured)
+            self._grpc = GrpcServer(config, config.grpc_address, self.generation, measured, lambda: self.ready)
             await self._grpc.start()
         if config.http_port is not None:
             services = Services(self.generation, measured, self._metrics, config, lambda: self.ready)
@@ -56,7 +56,7 @@ class Worker:
         """Turn not ready, wait ``settle`` seconds, refuse new requests and let running ones end within the grace."""
         self._draining = True
         if self._grpc is not None:
-            self._grpc.health.set_ready(False)
+            self._grpc.health.refresh()
         await asyncio.sleep(settle)
         await asyncio.gather(*[server.stop() for server in (self._http, self._grpc) if server is not None])
         for task in self._tasks:
@@ -64,11 +64,9 @@ class Worker:
         await self.generation.__aexit__(None, None, None)
 
     async def _watch_ready(self) -> None:
-        was_ready = False
         while True:
-            if self._grpc is not None and self.ready != was_ready:
-                was_ready = self.ready
-                self._grpc.health.set_ready(was_ready)
+            if self._grpc is not None:
+                self._grpc.health.refresh()
             await asyncio.sleep(READY_POLL)
 
 

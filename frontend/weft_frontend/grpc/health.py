@@ -7,6 +7,7 @@ the others, which then never hear of a change (1.81).
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -21,31 +22,41 @@ _Status = health_pb2.HealthCheckResponse
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """NOT_SERVING until ``set_ready``."""
+    """``is_ready`` is asked at every check; for watchers it has to be looked at by calling ``refresh``."""
 
-    def __init__(self) -> None:
-        self._statuses = {LIVE: _Status.SERVING} | dict.fromkeys(READY, _Status.NOT_SERVING)
+    def __init__(self, is_ready: Callable[[], bool]) -> None:
+        self._is_ready = is_ready
+        self._was_ready = False
         self._changed = asyncio.Event()
 
-    def set_ready(self, ready: bool) -> None:
-        """Change the status, and tell the watchers."""
-        self._statuses.update(dict.fromkeys(READY, _Status.SERVING if ready else _Status.NOT_SERVING))
-        self._changed.set()
-        self._changed = asyncio.Event()
+    def refresh(self) -> None:
+        """Tell the watchers if something has changed."""
+        if self._is_ready() != self._was_ready:
+            self._was_ready = not self._was_ready
+            self._changed.set()
+            self._changed = asyncio.Event()
 
     async def Check(self, request: Any, context: Any) -> Any:
         """The status of a name; NOT_FOUND for an unknown one."""
-        if request.service not in self._statuses:
+        status = self._status(request.service)
+        if status == _Status.SERVICE_UNKNOWN:
             await context.abort(grpc.StatusCode.NOT_FOUND, "There is no such service")
-        return _Status(status=self._statuses[request.service])
+        return _Status(status=status)
 
     async def Watch(self, request: Any, context: Any) -> None:
         """The status of a name, now and whenever it changes."""
         last = None
         while True:
             changed = self._changed
-            status = self._statuses.get(request.service, _Status.SERVICE_UNKNOWN)
+            status = self._status(request.service)
             if status != last:
                 await context.write(_Status(status=status))
             last = status
             await changed.wait()
+
+    def _status(self, name: str) -> int:
+        self.refresh()
+        is_serving = {LIVE: True} | dict.fromkeys(READY, self._was_ready)
+        if name not in is_serving:
+            return int(_Status.SERVICE_UNKNOWN)
+        return int(_Status.SERVING if is_serving[name] else _Status.NOT_SERVING)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -38,12 +40,17 @@ class GrpcServer:
     """gRPC on an address: host:port or unix:/path."""
 
     def __init__(
-        self, config: FrontendConfig, address: str, generation: Generation, measured: MeasuredGeneration
+        self,
+        config: FrontendConfig,
+        address: str,
+        generation: Generation,
+        measured: MeasuredGeneration,
+        is_ready: Callable[[], bool],
     ) -> None:
         interceptors = (ApiKeyInterceptor(config.api_keys),) if config.api_keys else ()
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(config))
         self._server.add_generic_rpc_handlers((InferenceService(generation, measured).handler(),))
-        self.health = Health()
+        self.health = Health(is_ready)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)

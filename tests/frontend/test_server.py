@@ -1,0 +1,191 @@
+"""Frontends as processes: start, workers, crashes, draining."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc.aio
+import psutil  # type: ignore[import-untyped]
+import pytest
+from raw_http import post, read_answer, request, send
+from serving import eventually, free_port
+
+from weft.inference.v1 import inference_pb2 as pb
+from weft.inference.v1 import inference_pb2_grpc
+from weft.testing import FakeBackend
+
+COMPLETION = {"prompt": "Hello", "max_tokens": 5}
+
+
+@pytest.fixture
+async def fake(tokenizer_dir: Path) -> AsyncIterator[FakeBackend]:
+    async with FakeBackend(tokenizer_dir, interval=0.005) as fake:
+        yield fake
+
+
+@asynccontextmanager
+async def frontend(fake: FakeBackend, *arguments: str, **environment: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`python -m weft_frontend`, ready; killed at the end."""
+    command = [sys.executable, "-m", "weft_frontend", "--backend", fake.target, "--host", "127.0.0.1", *arguments]
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=-1, stderr=asyncio.subprocess.STDOUT, env=os.environ | environment
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def ready_line(process: asyncio.subprocess.Process) -> str:
+    assert process.stdout is not None
+    async with asyncio.timeout(20):
+        return (await process.stdout.readline()).decode()
+
+
+async def test_it_starts_fast_stays_small_and_says_where_it_is(fake: FakeBackend) -> None:
+    port, grpc_port = free_port(), free_port()
+    ports = ("--port", str(port), "--grpc-port", str(grpc_port))
+    async with frontend(fake, *ports, "--workers", "1") as process:
+        line = await ready_line(process)
+        assert re.fullmatch(
+            rf"weft frontend: ready in \d+\.\d s: fake on http://127.0.0.1:{port}, grpc 127.0.0.1:{grpc_port}\n", line
+        )
+        assert (await post(port, "/v1/completions", COMPLETION)).status == 200
+        assert psutil.Process(process.pid).memory_info().rss < 150 * 2**20
+
+
+async def test_grpc_alone_on_a_unix_socket(fake: FakeBackend, tmp_path: Path) -> None:
+    address = f"unix:{tmp_path}/frontend.sock"
+    async with frontend(fake, "--port", "0", "--grpc-listen", address) as process:
+        await ready_line(process)
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+            assert [model.id for model in (await stub.ListModels(pb.ListModelsRequest())).models] == ["fake"]
+        process.terminate()
+        async with asyncio.timeout(5):
+            assert await process.wait() == 0
+
+
+async def test_the_key_comes_from_the_environment(fake: FakeBackend) -> None:
+    port = free_port()
+    async with frontend(fake, "--port", str(port), "--grpc-port", "0", "--workers", "1", WEFT_API_KEY="k") as process:
+        await ready_line(process)
+        assert (await post(port, "/v1/completions", COMPLETION)).status == 401
+        assert (await post(port, "/v1/completions", COMPLETION, authorization="Bearer k")).status == 200
+
+
+async def open_stream(port: int, max_tokens: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A stream whose first token has come."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    body = {"prompt": "Hello", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+    writer.write(request("POST", "/v1/completions", json.dumps(body).encode()))
+    async with asyncio.timeout(10):
+        assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+        await reader.readuntil(b"data: ")
+    return reader, writer
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_a_taken_port_is_named(fake: FakeBackend, workers: str) -> None:
+    port = free_port()
+    ports = ("--port", str(port), "--grpc-port", "0", "--workers", workers)
+    async with frontend(fake, *ports) as first:
+        await ready_line(first)
+        async with frontend(fake, *ports) as second:
+            assert f"cannot listen on 127.0.0.1:{port}" in await ready_line(second)
+            assert await second.wait() == 1
+
+
+async def test_workers_share_ports_and_metrics_and_a_killed_one_is_replaced(fake: FakeBackend) -> None:
+    port, grpc_port = free_port(), free_port()
+    ports = ("--port", str(port), "--grpc-port", str(grpc_port))
+    async with frontend(fake, *ports, "--workers", "2") as process:
+        await ready_line(process)
+        workers = psutil.Process(process.pid).children()
+        assert len(workers) == 2
+        for _ in range(20):
+            assert (await post(port, "/v1/completions", COMPLETION)).status == 200
+        text = (await send(port, request("GET", "/metrics"))).body.decode()
+        assert 'weft_frontend_generated_tokens_total{model="fake"} 100.0' in text
+        workers[0].kill()
+        children = psutil.Process(process.pid).children
+        await eventually(lambda: len(children()) == 2 and workers[0] not in children(), seconds=10)
+        new = children()
+        for _ in range(10):
+            assert (await post(port, "/health", b"")).status == 405
+        process.terminate()
+        async with asyncio.timeout(10):
+            assert await process.wait() == 0
+        assert not any(worker.is_running() for worker in [*workers, *new])
+
+
+async def test_workers_end_with_their_parent(fake: FakeBackend) -> None:
+    async with frontend(fake, "--port", str(free_port()), "--grpc-port", "0", "--workers", "2") as process:
+        await ready_line(process)
+        workers = psutil.Process(process.pid).children()
+        process.kill()
+        _, alive = await asyncio.to_thread(psutil.wait_procs, workers, 10)
+        assert not alive
+
+
+async def test_sigterm_lets_a_stream_end_and_turns_not_ready_first(fake: FakeBackend) -> None:
+    port = free_port()
+    async with frontend(fake, "--port", str(port), "--grpc-port", "0", "--workers", "1") as process:
+        await ready_line(process)
+        reader, writer = await open_stream(port, max_tokens=400)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(0.3)
+        assert (await send(port, request("GET", "/ready"))).status == 503
+        assert (await post(port, "/v1/completions", COMPLETION)).status == 200  # not yet told of by its balancer
+        async with asyncio.timeout(10):
+            assert (await reader.read(-1)).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+            assert await process.wait() == 0
+        assert time.monotonic() - began < 8
+        writer.close()
+
+
+async def test_a_stream_longer_than_the_grace_ends_in_an_error(fake: FakeBackend) -> None:
+    port = free_port()
+    arguments = ("--port", str(port), "--grpc-port", "0", "--workers", "1", "--drain-timeout", "1")
+    async with frontend(fake, *arguments) as process:
+        await ready_line(process)
+        reader, writer = await open_stream(port, max_tokens=4000)
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(10):
+            end = await reader.read(-1)
+            assert await process.wait() == 0
+        assert b'"code":"shutting_down"' in end
+        assert b"[DONE]" not in end
+        writer.close()
+
+
+async def test_a_mistake_on_the_command_line_is_one_line(fake: FakeBackend) -> None:
+    async with frontend(fake, "--grpc-listen", "unix:/tmp/x", "--workers", "2") as process:
+        assert "give --workers 1" in await ready_line(process)
+        assert await process.wait() == 1
+    async with frontend(fake, "--port", "0", "--grpc-port", "0") as process:
+        assert "both protocols are off" in await ready_line(process)
+
+
+async def test_a_connection_that_was_open_is_answered_during_the_drain(fake: FakeBackend) -> None:
+    port = free_port()
+    async with frontend(fake, "--port", str(port), "--grpc-port", "0", "--workers", "1") as process:
+        await ready_line(process)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(0.2)
+        writer.write(request("POST", "/v1/completions", json.dumps(COMPLETION).encode()))
+        assert (await read_answer(reader)).status == 200
+        writer.close()
