@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import signal
 import socket
@@ -179,7 +180,8 @@ async def end_engine(process: Process, link: EngineLink, grace: float) -> str:
     try:
         await asyncio.wait_for(process.wait(), grace)
     except TimeoutError:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            process.kill()
     status = await process.wait()
     if link.last_words:
         return link.last_words

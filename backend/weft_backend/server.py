@@ -107,7 +107,8 @@ class Backend:
         await asyncio.shield(self.link.closed)
 
     async def _end_engine(self) -> str:
-        return await end_engine(self.engine, self.link, _ENGINE_GRACE if self.link.ready.done() else 0)
+        is_loading = not (self.link.ready.done() or self.link.closed.done())  # and does not see the channel's end
+        return await end_engine(self.engine, self.link, 0 if is_loading else _ENGINE_GRACE)
 
     async def _first_of(self, *events: Coroutine[None, None, object]) -> None:
         tasks = [asyncio.create_task(event) for event in events]

@@ -10,20 +10,26 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
 import psutil
 import pytest
+import torch
+from checkpoints import make_checkpoint
 from grpc import StatusCode
 from session_client import connected, running_backend, running_session, token_request
 
 from weft.engine.v1 import engine_pb2 as pb
 from weft.engine.v1.engine_pb2_grpc import EngineServiceStub
 from weft_backend import testing
+from weft_backend.checkpoint import model_hash
 from weft_backend.config import BackendConfig
 from weft_backend.errors import EngineDied, StartupError
 from weft_backend.server import Backend
+from weft_backend.tokenizer_files import hash_tokenizer
 
 
 async def seconds_until_status(session: object, status: StatusCode) -> float:
@@ -114,15 +120,15 @@ async def test_metrics_are_the_load_report() -> None:
             'weft_sessions{model="weft-tiny"} 1.0',
         ):
             assert line in lines
+        settings = BackendConfig(address="127.0.0.1:0", metrics_address=("127.0.0.1", port))
         with pytest.raises(StartupError, match="--metrics-port"):
-            settings = BackendConfig(address="127.0.0.1:0", metrics_address=("127.0.0.1", port))
-            async with Backend(settings, engine_module="weft_backend.testing"):
-                pass
+            await Backend(settings, engine_module="weft_backend.testing").__aenter__()
 
 
 SERVE_FAKE = """
 import asyncio, sys
 from weft_backend import server
+from weft_backend.checkpoint import model_hash
 from weft_backend.config import BackendConfig
 config = BackendConfig(address=sys.argv[1], drain_timeout=float(sys.argv[2]))
 asyncio.run(server.serve(config, "weft_backend.testing"))
@@ -183,9 +189,96 @@ async def test_the_engine_process_never_outlives_the_io_process(tmp_path: Path, 
     assert not psutil.wait_procs([engine], timeout=2)[1]
 
 
+# ---- with a model: python -m weft_backend ----
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("vicuna", tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+def command(model: Path, socket_path: Path, *args: str) -> list[str]:
+    fixed = ["--listen", f"unix:{socket_path}", "--metrics-port", "0", "--device", "cpu"]
+    return [sys.executable, "-m", "weft_backend", str(model), *fixed, *args]
+
+
+@contextmanager
+def serving(model: Path, socket_path: Path, *args: str) -> Iterator[list[str]]:
+    """Serves the model until the block ends; gives the lines that its start printed."""
+    process = subprocess.Popen(command(model, socket_path, *args), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("weft: ready"):
+            break
+    yield lines
+    process.terminate()
+    rest = process.stderr.read()
+    assert (process.wait(20), rest) == (0, "")
+
+
+async def test_a_checkpoint_is_served(checkpoint: Path, tmp_path: Path) -> None:
+    with serving(checkpoint, tmp_path / "s", "--num-pages", "32", "--served-model-name", "tiny-vicuna") as lines:
+        stages = ["model", "tokenizer", "memory", "weights", "pages", "ready"]
+        assert [line.split()[1] for line in lines] == stages
+        async with grpc.aio.insecure_channel(f"unix:{tmp_path}/s") as channel:
+            stub = EngineServiceStub(channel)
+            card = (await stub.GetModel(pb.GetModelRequest())).model
+            files = {chunk.name: chunk.data async for chunk in stub.GetTokenizer(pb.GetTokenizerRequest())}
+            request = token_request([5, 6, 7], max_tokens=20, temperature=0, n=2, ignore_eos=True, logprobs=1)
+            steps = [step.step async for step in stub.Generate(pb.GenerateRequest(request=request))]
+            load = (await stub.GetLoad(pb.GetLoadRequest())).load
+    assert (card.name, card.architecture, card.num_pages) == ("tiny-vicuna", "LlamaForCausalLM", 32)
+    assert card.model_hash == model_hash(checkpoint)
+    assert card.tokenizer_hash == hash_tokenizer(files) != ""
+    assert set(files) == {"tokenizer.json", "tokenizer_config.json"}
+    choices: dict[int, list[int]] = {0: [], 1: []}
+    for step in steps:
+        for row, token in enumerate(step.token_ids):
+            choices[step.choices[row] if step.choices else 0].append(token)
+    assert len(choices[0]) == 20
+    assert choices[0] == choices[1]
+    assert load.free_pages == load.total_pages == 32
+
+
+async def test_random_weights_and_no_tokenizer_serve_token_ids(checkpoint: Path, tmp_path: Path) -> None:
+    shape = tmp_path / "shape"
+    shape.mkdir()
+    (shape / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    with serving(shape, tmp_path / "s", "--load-format", "dummy", "--dtype", "bfloat16"):
+        assert await generate(f"unix:{tmp_path}/s", [1, 2, 3], 8) == 8
+        async with grpc.aio.insecure_channel(f"unix:{tmp_path}/s") as channel:
+            stub = EngineServiceStub(channel)
+            assert [chunk async for chunk in stub.GetTokenizer(pb.GetTokenizerRequest())] == []
+            card = (await stub.GetModel(pb.GetModelRequest())).model
+    assert (card.dtype, card.tokenizer_hash) == ("bfloat16", "")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--num-pages", "2"], "--max-model-len"),
+        (["--max-model-len", "100000"], "--max-model-len"),
+        (["--device", "cuda"], "--device cuda: PyTorch sees no GPU"),
+        (["--revision", "main"], "--revision main"),
+    ],
+)
+def test_a_start_that_fails_ends_with_the_cause_and_the_flag(
+    checkpoint: Path, tmp_path: Path, args: list[str], says: str
+) -> None:
+    if torch.cuda.is_available() and "cuda" in args:
+        pytest.skip("there is a GPU")
+    arguments = command(checkpoint, tmp_path / "s", "--max-model-len", "64", *args)
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1
+    assert says in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
 def test_a_model_that_is_not_there_ends_with_one_clear_line(tmp_path: Path) -> None:
-    args = ["-m", "weft_backend", str(tmp_path / "nothing"), "--listen", f"unix:{tmp_path}/s", "--metrics-port", "0"]
-    result = subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=60, check=False)
+    arguments = command(tmp_path / "nothing", tmp_path / "s")
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1
     assert str(tmp_path / "nothing") in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
