@@ -84,7 +84,7 @@ class Generation:
             WeftError: before anything was generated.
         """
         deadline = self._deadline(time_left)
-        name, model = self._models.find(request.model)
+        name, model = await self._models.find(request.model)
         with request_errors():
             text_limits.check_generate_request(request, model.card, stream)
         _check_asks_for_something(request.sampling, request.echo)
@@ -95,7 +95,7 @@ class Generation:
     async def chat(self, request: pb.ChatRequest, *, stream: bool, time_left: float | None = None) -> GenerationStream:
         """Answer a conversation; as ``generate``."""
         deadline = self._deadline(time_left)
-        name, model = self._models.find(request.model)
+        name, model = await self._models.find(request.model)
         with request_errors():
             text_limits.check_chat_request(request, model.card, stream)
         refuse_tool_calls(request)
@@ -108,7 +108,7 @@ class Generation:
 
     async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         """Text, or a conversation through its template, to ids. Raises WeftError."""
-        _, model = self._models.find(request.model or request.chat.model)
+        _, model = await self._models.find(request.model or request.chat.model)
         with request_errors():
             text_limits.check_tokenize_request(request, model.card)
         is_chat = request.HasField("chat")
@@ -123,7 +123,7 @@ class Generation:
 
     async def detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
         """Ids to text. Raises WeftError."""
-        _, model = self._models.find(request.model)
+        _, model = await self._models.find(request.model)
         with request_errors():
             text_limits.check_detokenize_request(request, model.card)
         text = await model.text.tokenizer.decode(

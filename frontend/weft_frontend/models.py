@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 import os
 import socket
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from weft_frontend.engine_client import RETRY_AFTER_MS, BackendRefused, EngineCl
 from weft_frontend.errors import InvalidRequest, NotFound, Unavailable
 from weft_frontend.tokenizer import Tokenizer, TokenizerError
 
-logger = logging.getLogger("weft.frontend")
+UNSEEN_SECONDS = 0.8  # longer than MAX_BACKOFF_SECONDS and a session's opening, and within the second of a clear 503
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +86,19 @@ class ModelRegistry:
                 return name
         return ""
 
-    def find(self, name: str) -> tuple[str, ServedModel]:
+    async def find(self, name: str) -> tuple[str, ServedModel]:
         """The public name and model for the name in a request; an empty name means the only model.
+
+        Waits a moment for backends never seen yet: a process that has just started is not to refuse what its
+        neighbours on the same port accept.
 
         Raises:
             InvalidRequest: the name is left out, and there are several models.
             NotFound: there is no such model.
             Unavailable: no model has been seen yet.
         """
+        if not self._names() or (name and name not in self._names()):
+            await self._wait_for_unseen()
         names = self._names()
         if not names:
             raise Unavailable("no backend is ready", retry_after_ms=RETRY_AFTER_MS)
@@ -104,6 +109,13 @@ class ModelRegistry:
         if name not in names:
             raise NotFound("no such model is served; /v1/models and ListModels name those that are", field="model")
         return name, names[name]
+
+    async def _wait_for_unseen(self) -> None:
+        unseen = [client.was_ready.wait() for client in self.clients if not client.was_ready.is_set()]
+        if unseen:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(UNSEEN_SECONDS):
+                    await asyncio.gather(*unseen)
 
     def _names(self) -> dict[str, ServedModel]:
         if not self._public_names:

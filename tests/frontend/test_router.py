@@ -151,6 +151,12 @@ async def test_nothing_is_served_before_a_backend_is_seen(tmp_path: Any) -> None
         assert caught.value.retry_after_ms
 
 
+async def test_a_process_that_just_started_waits_for_its_backend(byte_level_files: Files) -> None:
+    async with FakeBackend(byte_level_files) as fake, Generation(FrontendConfig(backends=(fake.target,))) as generation:
+        assert not generation.ready
+        assert await run(generation) == "fake"
+
+
 async def test_a_bad_tokenizer_keeps_the_backend_out(byte_level_files: Files, caplog: pytest.LogCaptureFixture) -> None:
     files = byte_level_files | {"tokenizer_config.json": b'{"chat_template": "{% if %}"}'}
     async with FakeBackend(files) as fake, Generation(FrontendConfig(backends=(fake.target,))) as generation:
