@@ -98,14 +98,15 @@ async def test_text_goes_to_ids_and_back(served: Served) -> None:
     assert (text.text, ids.max_model_len) == ("Hello, Weft.", 4096)
 
 
+async def drained(call: Any) -> None:
+    async for _ in call:
+        pass
+
+
 async def failure(call: Any) -> tuple[grpc.StatusCode, str, dict[type, Any]]:
     """Status, message and details of a call that fails."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        if isinstance(call, grpc.aio.UnaryStreamCall):
-            async for _ in call:
-                pass
-        else:
-            await call
+        await (drained(call) if isinstance(call, grpc.aio.UnaryStreamCall) else call)
     trailers: Any = caught.value.trailing_metadata() or ()
     packed_status = dict(trailers).get("grpc-status-details-bin", b"")
     details: dict[type, Any] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from weft_frontend.config import FrontendConfig
 from weft_frontend.errors import Unavailable
 from weft_frontend.generation import Generation
 from weft_frontend.http.body import JSON, BodyT, Disconnected, parse, read_body
-from weft_frontend.http.errors import http_error, log_if_unforeseen
+from weft_frontend.http.errors import HttpError, http_error, log_if_unforeseen
 from weft_frontend.metrics import MeasuredGeneration, Metrics
 
 CLOSE = "weft.close"  # ASGI extension of http.protocol: closes the connection once what was sent is out
@@ -47,6 +47,7 @@ class Call:
         self.send = send
         self.headers = Headers(scope=scope)
         self.request_id: str = scope["state"]["request_id"]
+        self.names: Mapping[str, str] = {}  # see http_error
         self.error_frame: bytes | None = None  # set once a streamed body has begun
 
     async def body(self, model: type[BodyT], types: tuple[str, ...] = (JSON,)) -> BodyT:
@@ -69,11 +70,11 @@ class Call:
         await self.send({"type": "http.response.start", "status": 200, "headers": headers})
         self.error_frame = error_frame
 
-    async def break_off(self, error: Exception) -> None:
+    async def break_off(self, problem: HttpError) -> None:
         """End a streamed body with an error, and close the connection within the body, so that no client takes it
         for whole."""
         assert self.error_frame is not None
-        frame = self.error_frame % http_error(error).body()
+        frame = self.error_frame % problem.body()
         await self.send({"type": "http.response.body", "body": frame, "more_body": True})
         self.scope["extensions"][CLOSE]()
         while (await self.receive())["type"] != "http.disconnect":
@@ -121,10 +122,11 @@ class Endpoint:
         except Disconnected:
             raise
         except Exception as error:
-            if call.error_frame is None:
-                raise
             log_if_unforeseen(error, call.request_id)
-            await call.break_off(error)
+            problem = http_error(error, call.names)
+            if call.error_frame is None:
+                raise problem from error
+            await call.break_off(problem)
 
 
 async def answer(

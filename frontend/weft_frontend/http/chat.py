@@ -43,6 +43,11 @@ class ChatBody(Conversation, GenerationFields):
         request.options.CopyFrom(self.options(request_id))
         return request
 
+    def names(self) -> dict[str, str]:
+        """Fields of the contract that this request gave under another name."""
+        length = {} if self.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
+        return super().names() | {"logprobs": "top_logprobs"} | length
+
     def grammars(self) -> list[NamedGrammar]:
         """vLLM's fields and OpenAI's."""
         return super().grammars() + (self.response_format.named() if self.response_format is not None else [])
@@ -51,6 +56,7 @@ class ChatBody(Conversation, GenerationFields):
 async def chat_completions(call: Call) -> None:
     """Answer a conversation, as a whole or in a stream."""
     body = await call.body(ChatBody)
+    call.names = body.names()
     request = body.request(call.request_id)
     async with call.while_connected():
         stream = await call.services.measured.chat(request, stream=bool(body.stream))

@@ -68,6 +68,7 @@ class CompletionBody(GenerationFields):
 async def completions(call: Call) -> None:
     """Complete prompts, as a whole or in a stream."""
     body = await call.body(CompletionBody)
+    call.names = body.names()
     request = body.request(call.request_id)
     async with call.while_connected():
         stream = await call.services.measured.generate(request, stream=bool(body.stream))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
@@ -30,7 +31,6 @@ _RENAMED = (
     (re.compile(r"^(tools\[\d+\]|.*\.tool_calls\[\d+\])\.(?=name|arguments|parameters|description)"), r"\1.function."),
     (re.compile(r"^tool_choice\..*"), "tool_choice"),
     (re.compile(r"^template_args"), "chat_template_kwargs"),
-    (re.compile(r"^structured_output$"), "response_format"),
 )
 
 
@@ -51,13 +51,16 @@ class HttpError(Exception):
         return orjson.dumps({"error": error})
 
 
-def http_error(error: Exception) -> HttpError:
-    """The answer to any exception; one that nobody foresaw is a 500 that says nothing about itself."""
+def http_error(error: Exception, names: Mapping[str, str] | None = None) -> HttpError:
+    """The answer to any exception; one that nobody foresaw is a 500 that says nothing about itself.
+
+    ``names`` has the fields that this request calls otherwise than most: "logprobs" is a chat's "top_logprobs".
+    """
     match error:
         case HttpError():
             return error
         case WeftError():
-            return _of_weft_error(error)
+            return _of_weft_error(error, names or {})
         case ValidationError():
             return _of_validation_error(error)
         case FieldError():
@@ -71,11 +74,11 @@ def http_error(error: Exception) -> HttpError:
 
 def log_if_unforeseen(error: Exception, request_id: str) -> None:
     """Put what the client is not told into the log."""
-    if http_error(error).code == "internal":
+    if not isinstance(error, HttpError) and http_error(error).code == "internal":
         _log.error("request %s failed", request_id, exc_info=error)
 
 
-def _of_weft_error(error: WeftError) -> HttpError:
+def _of_weft_error(error: WeftError, names: Mapping[str, str]) -> HttpError:
     headers: Headers = []
     if error.retry_after_ms is not None:
         seconds = max(1, -(-error.retry_after_ms // 1000))
@@ -83,6 +86,7 @@ def _of_weft_error(error: WeftError) -> HttpError:
     if error.http_status == HTTPStatus.NOT_IMPLEMENTED:
         headers = [(b"x-should-retry", b"false")]
     param = param_of(error.field) if error.field else None
+    param = names.get(param, param) if param else None
     message = error.message.removeprefix(f"{error.field}: ")
     return HttpError(
         error.http_status, f"{param}: {message}" if param else message, param, error.reason.lower(), headers

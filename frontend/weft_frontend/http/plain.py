@@ -32,6 +32,7 @@ class GenerateBody(GenerationFields):
 async def generate(call: Call) -> None:
     """Answer `{"text": [prompt + output, …]}`; in a stream, one such line whenever a text has grown."""
     body = await call.body(GenerateBody, ANY_TYPE)
+    call.names = body.names()
     request = body.request(call.request_id)
     async with call.while_connected():
         stream = await call.services.measured.generate(request, stream=bool(body.stream))

@@ -98,3 +98,7 @@ class GenerationFields(Body):
         guided |= {"choice": self.guided_choice, "grammar": self.guided_grammar}
         outputs = self.structured_outputs
         return named_grammars("guided_", guided) + (outputs.named() if outputs is not None else [])
+
+    def names(self) -> dict[str, str]:
+        """Fields of the contract that this request gave under another name."""
+        return {"structured_output": field for field, _ in self.grammars()}
