@@ -6,29 +6,52 @@ import os
 from pathlib import Path
 
 _TICKS = os.sysconf("SC_CLK_TCK")
-_FIELD_UTIME = 11  # of /proc/PID/stat, counted after the command's name
+_FIELD_PARENT, _FIELD_UTIME, _FIELD_STIME = 1, 11, 12  # of /proc/PID/stat, counted after the command's name
 # By a part of the command line, the most telling first.
 _ROLES = (
-    ("weft_backend.engine_process", "engine"),
-    ("weft_backend", "backend I/O"),
-    ("weft_frontend", "frontend"),
+    ("-m weft_backend.engine_process", "engine"),
+    ("-m weft_backend", "backend I/O"),
+    ("-m weft_frontend", "frontend"),
 )
 
 
-def cpu_seconds() -> dict[str, float]:
-    """CPU seconds so far, user and system, by role: frontend, backend I/O, engine."""
-    totals: dict[str, float] = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            role = next((role for part, role in _ROLES if f"-m {part}" in command), None)
+class CpuMeter:
+    """CPU time, user and system, from now on, of the frontends, I/O processes and engines that run now.
+
+    ``parent``: count only processes below this one, for example a ``weft serve``.
+    """
+
+    def __init__(self, parent: int | None) -> None:
+        self._parent = parent
+        self._start = self._read()
+
+    def seconds(self) -> dict[str, float]:
+        """CPU seconds since the start, by role."""
+        totals: dict[str, float] = {}
+        for (pid, role), seconds in self._read().items():
+            if (pid, role) in self._start:
+                totals[role] = totals.get(role, 0.0) + seconds - self._start[pid, role]
+        return totals
+
+    def _read(self) -> dict[tuple[int, str], float]:
+        found: dict[tuple[int, str], float] = {}
+        parents: dict[int, int] = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # it ended meanwhile
+                continue
+            pid = int(folder.name)
+            parents[pid] = int(fields[_FIELD_PARENT])
+            role = next((role for part, role in _ROLES if part in command), None)
             if role:
-                totals[role] = totals.get(role, 0.0) + _cpu_seconds(process)
-        except OSError:  # it ended meanwhile
-            continue
-    return totals
+                found[pid, role] = (int(fields[_FIELD_UTIME]) + int(fields[_FIELD_STIME])) / _TICKS
+        return {key: seconds for key, seconds in found.items() if self._is_below(key[0], parents)}
 
-
-def _cpu_seconds(process: Path) -> float:
-    fields = (process / "stat").read_text().rpartition(")")[2].split()
-    return (int(fields[_FIELD_UTIME]) + int(fields[_FIELD_UTIME + 1])) / _TICKS
+    def _is_below(self, pid: int, parents: dict[int, int]) -> bool:
+        while self._parent is not None and pid != self._parent:
+            if pid not in parents:
+                return False
+            pid = parents[pid]
+        return True
