@@ -101,4 +101,5 @@ class GenerationFields(Body):
 
     def names(self) -> dict[str, str]:
         """Fields of the contract that this request gave under another name."""
-        return {"structured_output": field for field, _ in self.grammars()}
+        grammars = self.grammars()
+        return {"structured_output": grammars[0][0]} if grammars else {}
