@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Self
 
 import grpc
 
@@ -21,7 +22,7 @@ from weft.engine.v1 import engine_pb2
 from weft.engine.v1.engine_pb2_grpc import EngineServiceStub
 from weft.engine.v1.model_pb2 import LoadReport
 
-START_SECONDS = 60.0
+START_SECONDS = 120.0  # kernels are compiled when there is a GPU
 
 
 def free_port() -> int:
@@ -64,7 +65,7 @@ class Process:
         self._process.terminate()
         return self._process.wait(30)
 
-    def __enter__(self) -> Process:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -81,7 +81,7 @@ def test_killing_a_backend_fails_only_its_requests(doomed: tuple[list[Backend], 
 
 
 def test_a_lost_frontend_frees_its_pages(small_model: str) -> None:
-    with Backend(None) as backend, Frontend(backend) as frontend:  # type: ignore[attr-defined]
+    with Backend(None) as backend, Frontend(backend) as frontend:
         outcome: list[object] = []
         started = threading.Event()
         thread = threading.Thread(target=stream_forever, args=(frontend, "weft-tiny", outcome, started))
