@@ -9,10 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class BatchLayout:
-    """``T`` tokens of ``B`` rows, decode rows (one token each) first, then prefill chunks; each row's tokens are contiguous.
+    """``T`` tokens of ``B`` rows, decode rows (one token each) first, then prefill chunks.
 
-    A padded row has ``seq_lens`` 0; its tokens have ``slots`` -1. Kernels write nothing for it and may return anything
-    finite in its place.
+    Each row's tokens are contiguous. A padded row has ``seq_lens`` 0; its tokens have ``slots`` -1. Kernels write
+    nothing for it and may return anything finite in its place.
     """
 
     positions: Tensor  # int64 [T] position of each token in its sequence

@@ -182,6 +182,9 @@ def paged_decode_attention(
         split_out = torch.empty((num_rows, num_heads, num_splits, dim), dtype=torch.float32, device=q.device)
         split_lse = torch.empty((num_rows, num_heads, num_splits), dtype=torch.float32, device=q.device)
     block_d = triton.next_power_of_2(dim)
+    block_h = max(16, triton.next_power_of_2(group))
+    # H200, 64 rows of 1,024 keys, D 128: 72.8 us with 2 warps, 75.4 with 4, 84.3 with 8. Larger tiles need registers.
+    num_warps = 2 if block_h * block_d * q.element_size() <= 4096 else 4
     _decode_kernel[(num_rows, num_kv_heads, num_splits)](
         q,
         k_cache,
@@ -202,10 +205,10 @@ def paged_decode_attention(
         PAGE_SIZE=page_size,
         WINDOW=sliding_window,
         ONE_SPLIT=num_splits == 1,
-        BLOCK_H=max(16, triton.next_power_of_2(group)),
+        BLOCK_H=block_h,
         BLOCK_N=BLOCK_N,
         BLOCK_D=block_d,
-        num_warps=4,
+        num_warps=num_warps,
         num_stages=3 if block_d * q.element_size() <= 512 else 2,
     )
     if num_splits > 1:

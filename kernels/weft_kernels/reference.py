@@ -108,6 +108,14 @@ def _gather(cache: Tensor, pages: Tensor) -> Tensor:
     return _widen(gathered).view(pages.shape[0], num_kv_heads, -1, head_dim)
 
 
+def _gather_seen(cache: Tensor, pages: Tensor, unseen: Tensor) -> Tensor:
+    """``_gather`` with zeros where unseen [B, N * page_size]: what lies there may be NaN, left by a sequence that has
+    gone, and neither a bias nor a weight of zero would silence it."""
+    gathered = _gather(cache, pages)
+    gathered.transpose(1, 2)[unseen.nonzero(as_tuple=True)] = 0.0
+    return gathered
+
+
 def _decode(
     q: Tensor,
     k_cache: Tensor,
@@ -129,14 +137,13 @@ def _decode(
     if sliding_window:
         unseen |= positions < seq_lens - sliding_window
     grouped = _widen(q).reshape(num_rows, num_kv_heads, -1, head_dim) * scale
-    scores = grouped @ _gather(k_cache, pages).transpose(2, 3)
+    scores = grouped @ _gather_seen(k_cache, pages, unseen).transpose(2, 3)
+    bias = scores.new_zeros(unseen.shape).masked_fill_(unseen, torch.finfo(scores.dtype).min)[:, None, None]
     if alibi_slopes is not None:
         distances = (positions - (seq_lens - 1)).to(scores.dtype)[:, None, None]
-        scores += alibi_slopes.view(1, num_kv_heads, -1, 1) * distances
-    scores.masked_fill_(unseen[:, None, None], torch.finfo(scores.dtype).min)
-    # An unseen value may be NaN, left by a sequence that has gone: a weight of zero would not silence it.
-    values = _gather(v_cache, pages).masked_fill_(unseen[:, None, :, None], 0.0)
-    return (scores.softmax(-1) @ values).view(q.shape).to(q.dtype)
+        bias = bias + alibi_slopes.view(1, num_kv_heads, -1, 1) * distances
+    scores += bias
+    return (scores.softmax(-1) @ _gather_seen(v_cache, pages, unseen)).view(q.shape).to(q.dtype)
 
 
 def _prefill(

@@ -125,6 +125,8 @@ def test_equals_of_the_last_kept_are_kept(name: str, device: torch.device) -> No
     logits = torch.tensor([2.0, 1.0, 1.0, 1.0, 0.0], device=device).expand(40, -1).contiguous()
     assert set(SAMPLE[name](logits, **parameters(40, device, top_k=2)).tolist()) == {0, 1, 2, 3}
     assert set(SAMPLE[name](logits, **parameters(40, device, top_p=0.5)).tolist()) == {0, 1, 2, 3}
+    zeros = torch.tensor([-0.0, 0.0, -0.0, -1.0], device=device).expand(12, -1).contiguous()
+    assert set(SAMPLE[name](zeros, **parameters(12, device, top_k=1)).tolist()) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("name", SAMPLE)
@@ -137,13 +139,14 @@ def test_masked_tokens_are_never_drawn(name: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_broken_logits_give_a_valid_token(name: str, device: torch.device) -> None:
-    logits = torch.zeros(4, 33, device=device)
+    logits = torch.zeros(5, 33, device=device)
+    logits[4, ::2], logits[4, 1::2] = -float("nan"), float("nan")
     logits[0] = float("nan")
     logits[1, 5] = float("nan")
     logits[2] = float("-inf")
     logits[3, 7] = float("inf")
     for rule in (dict(temperature=0.0), dict(), dict(top_k=3, top_p=0.9, min_p=0.1)):
-        drawn = SAMPLE[name](logits, **parameters(4, device, **rule))
+        drawn = SAMPLE[name](logits, **parameters(5, device, **rule))
         assert ((drawn >= 0) & (drawn < 33)).all()
 
 
