@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
+from waiting import until
 
 from weft.inference.v1 import inference_pb2_grpc
 from weft.testing import FakeBackend
@@ -38,16 +39,7 @@ class Served:
     async def until_idle(self) -> None:
         """Return once no request runs anywhere; fails after 5 s."""
         backends = self.worker.generation.backends
-        await eventually(lambda: not self.fake.num_running and not any(one.num_requests for one in backends()))
-
-
-async def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    """Return once the condition holds; fails after ``seconds``."""
-    async with asyncio.timeout(seconds):
-        while True:
-            if condition():
-                return
-            await asyncio.sleep(0.005)
+        await until(lambda: not self.fake.num_running and not any(one.num_requests for one in backends()))
 
 
 def free_port() -> int:

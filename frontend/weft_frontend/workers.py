@@ -24,7 +24,9 @@ from weft_frontend.ports import reserve
 
 RESTART_DELAY = 1.0  # seconds before a crashed worker is replaced
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
+_CANNOT_LISTEN = 3  # exit code of a worker
 _fork = multiprocessing.get_context("fork")
 
 
@@ -60,38 +62,38 @@ class _Supervisor:
     def __init__(self, config: FrontendConfig, on_ready: Callable[[str], None]) -> None:
         self._config = config
         self._on_ready = on_ready
-        self._workers: dict[int, BaseProcess] = {}
-        self._pipes: dict[int, Connection] = {}
+        self._workers: dict[int, BaseProcess] = {}  # by sentinel, which is readable once the worker has ended
+        self._pipes: set[Connection] = set()  # of workers that are not ready yet
         self._num_ready = 0
         self._stopping = False
 
     def run(self) -> None:
-        """Return when all workers have ended after a signal; exit with 1 if one ended before it could ever serve."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        """Return when all workers have ended after a signal; exit with 1 if one cannot listen."""
+        for number in _SIGNALS:
             signal.signal(number, self._hand_on)
         for _ in range(self._config.workers):
             self._start()
         while self._workers:
-            by_sentinel = {worker.sentinel: worker for worker in self._workers.values()}
-            for ready in wait([*by_sentinel, *self._pipes.values()]):
-                if isinstance(ready, Connection):
-                    self._note_ready(ready)
-                elif isinstance(ready, int) and ready in by_sentinel:
-                    self._replace(by_sentinel[ready])
+            for event in wait([*self._workers, *self._pipes]):
+                if isinstance(event, Connection):
+                    self._note_ready(event)
+                elif isinstance(event, int):
+                    self._replace(self._workers.pop(event))
 
     def _start(self) -> None:
         ours, theirs = _fork.Pipe(duplex=False)
+        # A signal between the fork and the worker's own handlers would be lost.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         worker = _fork.Process(target=_work, args=(self._config, theirs), name="weft-frontend-worker")
         worker.start()
+        self._workers[worker.sentinel] = worker
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         theirs.close()
-        assert worker.pid is not None
-        self._workers[worker.pid] = worker
-        self._pipes[worker.pid] = ours
+        self._pipes.add(ours)
 
     def _note_ready(self, pipe: Connection) -> None:
-        pid = next(pid for pid, known in self._pipes.items() if known is pipe)
-        del self._pipes[pid]
-        with contextlib.suppress(EOFError):
+        self._pipes.remove(pipe)
+        with contextlib.suppress(EOFError):  # it ended before it was ready
             models = pipe.recv()
             self._num_ready += 1
             if self._num_ready == self._config.workers:
@@ -101,8 +103,6 @@ class _Supervisor:
     def _replace(self, worker: BaseProcess) -> None:
         worker.join()
         assert worker.pid is not None
-        del self._workers[worker.pid]
-        self._pipes.pop(worker.pid, None)
         _forget_gauges(worker.pid)
         if self._stopping:
             return
@@ -116,21 +116,19 @@ class _Supervisor:
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
         self._stopping = True
-        for pid in self._workers:
+        for worker in self._workers.values():
+            assert worker.pid is not None
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-
-_CANNOT_LISTEN = 3
+                os.kill(worker.pid, number)
 
 
 def _work(config: FrontendConfig, pipe: Connection) -> None:
     """A worker's process."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-    os.setpgid(0, 0)  # Ctrl-C goes to the parent, which hands it on once
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         run_worker(config, pipe.send)
     except (OSError, RuntimeError) as error:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from raw_http import post, request, send
-from serving import Served, eventually, serving
+from serving import Served, serving
+from waiting import until
 
 from weft.engine.v1 import model_pb2
 from weft.testing import FakeBackend
@@ -128,7 +129,7 @@ async def test_an_unknown_model_makes_no_label(served: Served) -> None:
 async def test_without_a_backend_it_is_alive_and_not_ready(tokenizer_dir: Path) -> None:
     async with FakeBackend(tokenizer_dir) as fake, serving(fake) as served:
         await fake.die()
-        await eventually(lambda: not served.worker.ready)
+        await until(lambda: not served.worker.ready)
         answer = await send(served.port, request("GET", "/ready"))
         assert answer.status == 503
         assert answer.headers["retry-after"] == "1"

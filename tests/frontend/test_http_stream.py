@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from raw_http import parse_head, post, request
-from serving import Served, eventually, serving
+from serving import Served, serving
+from waiting import until
 
 from weft.engine.v1 import engine_pb2
 from weft.testing import FakeBackend
@@ -59,7 +60,7 @@ async def test_a_broken_stream_never_looks_whole(served: Served, path: str) -> N
 async def test_a_backend_lost_in_mid_stream_is_an_error_within_a_second(tokenizer_dir: Path) -> None:
     async with FakeBackend(tokenizer_dir) as fake, serving(fake) as served:
         reading = asyncio.create_task(read_all(served.port, "/v1/completions", COMPLETION))
-        await eventually(lambda: fake.num_running == 1)
+        await until(lambda: fake.num_running == 1)
         await asyncio.sleep(0.1)
         await fake.die()
         async with asyncio.timeout(1):
@@ -99,7 +100,7 @@ async def test_a_reader_that_stops_is_cut_and_others_are_not(served: Served, mon
     _, events = await read_all(served.port, "/v1/completions", COMPLETION | {"max_tokens": 50})
     assert events.count(b"data: {") >= 1
     assert b"[DONE]" in events
-    await eventually(lambda: not served.fake.num_running, seconds=10)
+    await until(lambda: not served.fake.num_running, seconds=10)
     assert served.fake.num_cancelled == 1
     assert stuck.at_eof() is False
     stuck_writer.transport.abort()

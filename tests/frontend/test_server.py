@@ -17,7 +17,8 @@ import grpc.aio
 import psutil  # type: ignore[import-untyped]
 import pytest
 from raw_http import post, read_answer, request, send
-from serving import eventually, free_port
+from serving import free_port
+from waiting import until
 
 from weft.inference.v1 import inference_pb2 as pb
 from weft.inference.v1 import inference_pb2_grpc
@@ -120,7 +121,7 @@ async def test_workers_share_ports_and_metrics_and_a_killed_one_is_replaced(fake
         assert 'weft_frontend_generated_tokens_total{model="fake"} 100.0' in text
         workers[0].kill()
         children = psutil.Process(process.pid).children
-        await eventually(lambda: len(children()) == 2 and workers[0] not in children(), seconds=10)
+        await until(lambda: len(children()) == 2 and workers[0] not in children(), seconds=10)
         new = children()
         for _ in range(10):
             assert (await post(port, "/health", b"")).status == 405
