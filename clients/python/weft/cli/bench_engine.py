@@ -119,8 +119,8 @@ def bench_engine(
         for name, value in Bench(session, temperature).measure([int(batch) for batch in batches.split(",")]):
             results[name] = value
             click.echo(f"{name:24} {value:12.3f}")
-    if json_file:
-        json_file.write_text(json.dumps(results, indent=1) + "\n")
+            if json_file:  # at once: a machine's time may be over before the last result
+                json_file.write_text(json.dumps(results, indent=1) + "\n")
 
 
 @contextmanager
