@@ -5,6 +5,7 @@ Requests are parsed here and not by grpc, which would answer a broken message wi
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from operator import methodcaller
 from typing import Any, TypeAlias, TypeVar
@@ -22,6 +23,8 @@ from weft_frontend.grpc.pacing import Pacer
 from weft_frontend.metrics import MeasuredGeneration, MeasuredStream
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+
+WRITE_TIMEOUT = 30.0  # seconds
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 RequestT = TypeVar("RequestT", bound=Message)
@@ -114,15 +117,24 @@ class InferenceService:
                         roleless.discard(choice.index)
                         choice.role = role or ""
                 if num_open:
-                    await context.write(response)
+                    await _send(response, context)
                     await self._pacer.pause()
             await stream.next()
             response.usage.CopyFrom(stream.usage)
             response.timings.CopyFrom(stream.timings)
-            await context.write(response)
+            await _send(response, context)
         finally:
             self._pacer.num_streams -= 1
             stream.close()
+
+
+async def _send(response: Message, context: Context) -> None:
+    """Write a message. Raises DeadlineExceeded if the client leaves a full window unread."""
+    try:
+        async with asyncio.timeout(WRITE_TIMEOUT):
+            await context.write(response)
+    except TimeoutError:
+        raise DeadlineExceeded("The client does not read", reason="SLOW_READER") from None
 
 
 ResponseT = TypeVar("ResponseT", pb.GenerateResponse, pb.ChatResponse)
