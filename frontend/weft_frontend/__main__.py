@@ -43,7 +43,7 @@ def _default_workers(grpc_listen: str | None) -> int:
 @click.option("--trust-request-chat-template", is_flag=True, help="Render templates that requests bring.")
 @click.option("--api-key", "api_keys", multiple=True, envvar="WEFT_API_KEY", metavar="KEY", show_envvar=True,
               help="Ask clients for this key. Repeatable.")  # fmt: skip
-@click.option("--max-body-bytes", default=4 << 20,
+@click.option("--max-body-bytes", default=2 << 20,
               help="Largest HTTP body or gRPC message.")  # fmt: skip
 @click.option("--request-timeout", type=float, metavar="SECONDS", help="Deadline of requests that bring none.")
 @click.option("--drain-timeout", default=30.0, metavar="SECONDS", help="Time for running requests after SIGTERM.")

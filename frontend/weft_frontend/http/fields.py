@@ -30,11 +30,9 @@ def _listed(value: Any) -> Any:
 
 def is_token_ids(value: Any) -> bool:
     """Whether a JSON value is a list of numbers that fit an id of the contract."""
-    return (
-        isinstance(value, list)
-        and all(type(token_id) is int for token_id in value)
-        and (not value or (min(value) >= 0 and max(value) <= UINT32_MAX))
-    )
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+        return False
+    return not value or (min(value) >= 0 and max(value) <= UINT32_MAX)
 
 
 def _token_ids(value: Any) -> list[int]:
