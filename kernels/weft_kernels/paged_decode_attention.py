@@ -38,7 +38,8 @@ def _split_range(
     return first, split_tiles * BLOCK_N, tl.cdiv(num_tiles, split_tiles)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+# Not specializing on what changes from step to step keeps a running service from compiling.
+@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["page_table", "rows", "seq_lens"])
 def _decode_kernel(
     q: tl.tensor,
     k_cache: tl.tensor,
@@ -116,7 +117,7 @@ def _decode_kernel(
         tl.store(split_lse + part, maximum + tl.log2(total), mask=in_group)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["seq_lens"])
 def _reduce_kernel(
     split_out: tl.tensor,
     split_lse: tl.tensor,

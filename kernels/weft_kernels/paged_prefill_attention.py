@@ -38,18 +38,22 @@ def _find_row(query_starts: tl.tensor, tile: tl.tensor, num_rows: tl.tensor, BLO
     return low
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(
+    do_not_specialize=["first_row", "num_rows"],
+    do_not_specialize_on_alignment=["page_table", "rows", "seq_lens", "query_starts"],
+)
 def _prefill_kernel(
     q: tl.tensor,
     k_cache: tl.tensor,
     v_cache: tl.tensor,
     page_table: tl.tensor,
-    rows: tl.tensor,  # [num_rows] the chunks' part of the layout's, as are the next two
+    rows: tl.tensor,
     seq_lens: tl.tensor,
     query_starts: tl.tensor,
     alibi_slopes: tl.tensor | None,
     out: tl.tensor,
     scale_log2: float,
+    first_row: int,  # of the chunks, num_rows of them
     num_rows: int,
     MAX_PAGES: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -62,6 +66,7 @@ def _prefill_kernel(
     BLOCK_D: tl.constexpr,
 ) -> None:
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    rows, seq_lens, query_starts = rows + first_row, seq_lens + first_row, query_starts + first_row
     kv_head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     row = _find_row(query_starts, tile, num_rows, BLOCK_Q)
@@ -178,12 +183,13 @@ def paged_prefill_attention(
         k_cache,
         v_cache,
         layout.page_table,
-        layout.rows[first_row:],
-        layout.seq_lens[first_row:],
-        layout.query_starts[first_row:],
+        layout.rows,
+        layout.seq_lens,
+        layout.query_starts,
         alibi_slopes,
         out,
         scale * LOG2_E.value,
+        first_row,
         num_rows,
         MAX_PAGES=layout.page_table.shape[1],
         NUM_KV_HEADS=num_kv_heads,

@@ -20,7 +20,7 @@ from weft_kernels.layout import BatchLayout
 BLOCK_ELEMENTS = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
 def _rope_and_write_kv_kernel(
     qkv: tl.tensor,
     q_out: tl.tensor,

@@ -171,7 +171,7 @@ def _draw(
     return _first_of_best(best, best_at)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["temperature", "top_k", "top_p", "min_p", "seeds", "positions", "out"])
 def _sample_kernel(
     logits: tl.tensor,  # float32 [S, V]
     temperature: tl.tensor,
