@@ -18,7 +18,7 @@ from weft.limits import MAX_ID_BYTES, InvalidField, check_token_request
 from weft_backend.drain import Drain
 from weft_backend.engine_link import EngineLink
 from weft_backend.errors import Refusal, broken_protocol
-from weft_backend.sessions import OpenSession, Sessions
+from weft_backend.sessions import OpenSession, Sessions, Write
 
 CONTRACT_VERSION = 1
 MAX_SLOTS = 1 << 20
@@ -53,7 +53,7 @@ class EngineServicer:
         session.push(pb.SessionResponse(load=self._link.load).SerializeToString())
         reader = asyncio.create_task(self._read_frames(session, frames))
         try:
-            await session.run(context.write)
+            await _run(session, context, context.write)
         finally:
             reader.cancel()
             self._close(session)
@@ -74,7 +74,7 @@ class EngineServicer:
 
         try:
             self._submit(session, submit, pb.SessionRequest(submit=submit).SerializeToString())
-            await session.run(write)
+            await _run(session, context, write)
         finally:
             self._close(session)
 
@@ -195,6 +195,13 @@ def add_to_server(servicer: EngineServicer, server: grpc.aio.Server) -> None:
         make_handler = getattr(grpc, f"{kind}_rpc_method_handler")
         handlers[method.name] = make_handler(getattr(servicer, method.name), parse, _serialize)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
+
+
+async def _run(session: OpenSession, context: Any, write: Write) -> None:
+    # Sent apart from the first frame: an end in the middle of that write would have gRPC send the metadata twice, which
+    # fails, and then the frontend never hears of the end.
+    await context.send_initial_metadata(())
+    await session.run(write)
 
 
 def _serialize(response: Message | bytes) -> bytes:

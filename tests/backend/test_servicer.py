@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncIterator
+from random import Random
 from typing import Any
 
 import grpc
@@ -253,6 +254,32 @@ async def test_a_full_queue_refuses_with_a_delay() -> None:
         await session.read_until_ended(0)
         assert session.failures[0].code == StatusCode.RESOURCE_EXHAUSTED.value[0]
         assert session.failures[0].retry_after_ms >= 100
+
+
+async def test_leaving_at_any_moment_leaves_nothing_behind(backend: Backend) -> None:
+    random = Random(0)
+    num_tasks = len(asyncio.all_tasks())
+
+    async def come_and_go(stub: EngineServiceStub) -> None:
+        session = Session(stub.Session())
+        if random.random() < 0.9:
+            await session.hello()
+            for slot in range(random.randrange(5)):
+                request = token_request([random.randrange(900)] * random.randrange(1, 60), n=random.randrange(1, 4))
+                await session.submit(slot, request)
+                if random.random() < 0.5:
+                    await session.send(cancel=pb.Cancel(slot=slot))
+        reader = asyncio.create_task(session.read_until_ended(99))
+        await asyncio.sleep(random.random() / 10)
+        session.call.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+
+    async with connected(backend) as stub:
+        for _ in range(20):
+            await asyncio.gather(*(come_and_go(stub) for _ in range(10)))
+    await asyncio.sleep(0.3)
+    await wait_idle(backend)
+    assert len(asyncio.all_tasks()) <= num_tasks + 2  # gRPC keeps one or two of its own
 
 
 # ---- generate ----
