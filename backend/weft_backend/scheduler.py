@@ -39,15 +39,16 @@ class SchedulerLoad:
     num_preemptions: int
 
 
+PlannedRow = tuple[Sequence, int, int, bool]  # and the first token computed, how many, and whether it samples
+
+
 @dataclass(slots=True)
 class Draft:
     """A plan in the making."""
 
     budget: int
-    sequences: list[Sequence] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    query_lens: list[int] = field(default_factory=list)
-    samples: list[bool] = field(default_factory=list)
+    decodes: list[PlannedRow] = field(default_factory=list)  # one token each, which gives another
+    chunks: list[PlannedRow] = field(default_factory=list)
     new_rows: list[Sequence] = field(default_factory=list)
     page_updates: list[tuple[int, int, int]] = field(default_factory=list)
     swap_in: list[PageMove] = field(default_factory=list)
@@ -56,9 +57,8 @@ class Draft:
 
     def num_computed_before(self, sequence: Sequence) -> int:
         """The sequence's tokens that earlier plans compute."""
-        if sequence in self.sequences:
-            return self.starts[self.sequences.index(sequence)]
-        return sequence.num_computed_tokens
+        starts = (start for other, start, _, _ in (*self.decodes, *self.chunks) if other is sequence)
+        return next(starts, sequence.num_computed_tokens)
 
 
 class Scheduler:
@@ -160,25 +160,26 @@ class Scheduler:
             self._admit_waiting(draft)
         for sequence in draft.new_forks:
             self.waiting.push(sequence)
-        return self._plan(draft) if draft.sequences else None
+        return self._plan(draft) if draft.decodes or draft.chunks else None
 
     def _continue_running(self, draft: Draft) -> None:
         """Give running sequences their next tokens, oldest first; prefill chunks leave a token to each decode row."""
-        num_decodes = sum(sequence.num_uncomputed_tokens == 1 for sequence in self.running)
-        position = 0
-        while position < len(self.running):  # preemption shortens it from its end
-            sequence = self.running[position]
-            position += 1
-            num_tokens = sequence.num_uncomputed_tokens
+        num_uncomputed = [sequence.num_uncomputed_tokens for sequence in self.running]
+        num_decodes = num_uncomputed.count(1)
+        for sequence, num_tokens in zip(list(self.running), num_uncomputed, strict=True):
+            if sequence.status is not Status.RUNNING:
+                break  # preempted for an older one, and so are all after it
             num_decodes -= num_tokens == 1
             num_tokens = min(num_tokens, draft.budget - num_decodes)
-            if num_tokens > 0 and self._grow(sequence, num_tokens, draft):
+            if num_tokens <= 0:
+                continue
+            num_missing = self._num_pages(sequence.num_computed_tokens + num_tokens) - len(sequence.page_ids)
+            if num_missing <= 0 or self._grow(sequence, num_missing, draft):
                 self._compute(sequence, num_tokens, draft)
 
-    def _grow(self, sequence: Sequence, num_tokens: int, draft: Draft) -> bool:
-        """Give the sequence pages for its next tokens; False if it was preempted for want of them."""
-        num_pages = self._num_pages(sequence.num_computed_tokens + num_tokens)
-        while len(sequence.page_ids) < num_pages:
+    def _grow(self, sequence: Sequence, num_pages: int, draft: Draft) -> bool:
+        """Give the sequence more pages; False if it was preempted for want of them."""
+        for _ in range(num_pages):
             while self.pool.num_free == 0:
                 newest = self.running[-1]
                 self._preempt(newest)
@@ -199,21 +200,16 @@ class Scheduler:
     def _compute(self, sequence: Sequence, num_tokens: int, draft: Draft) -> None:
         """Put the sequence's next tokens into the step."""
         start = sequence.num_computed_tokens
-        samples = start + num_tokens == len(sequence) and sequence.may_sample
+        end = start + num_tokens
+        samples = end == sequence.num_tokens < sequence.max_len
+        rows = draft.decodes if samples and num_tokens == 1 else draft.chunks
+        rows.append((sequence, start, num_tokens, samples))
         draft.budget -= num_tokens
-        draft.sequences.append(sequence)
-        draft.starts.append(start)
-        draft.query_lens.append(num_tokens)
-        draft.samples.append(samples)
-        sequence.num_computed_tokens += num_tokens
+        sequence.num_computed_tokens = end
         sequence.num_steps_in_flight += 1
-        sequence.num_tokens_in_flight += samples
+        sequence.num_tokens += samples
         request = sequence.request
-        if (
-            sequence.choice == 0
-            and request.sampling.n > 1
-            and sequence.num_computed_tokens >= request.prompt_len > start
-        ):
+        if start < request.prompt_len <= end and sequence.choice == 0:
             draft.new_forks += [fork for fork in request.sequences if fork.status is Status.NEW]
 
     def _admit_waiting(self, draft: Draft) -> None:
@@ -234,7 +230,7 @@ class Scheduler:
     def _start(self, sequence: Sequence, draft: Draft) -> bool:
         """Give a waiting sequence its cached pages and new ones for all its tokens; False if there are too few."""
         match = self.cache.match(sequence)
-        num_pages = self._num_pages(len(sequence))
+        num_pages = self._num_pages(sequence.num_tokens)
         num_idle = sum(self.pool.num_references(page) == 0 for page in match.device_pages)
         if not self._has_room(num_pages - len(match.device_pages) + num_idle):
             return False
@@ -251,7 +247,7 @@ class Scheduler:
     def _fork(self, sequence: Sequence, draft: Draft) -> bool:
         """Begin a choice from the first choice's prompt pages, of which only a partial last one is copied."""
         first, prompt_len = sequence.request.sequences[0], sequence.request.prompt_len
-        begins = sequence is not first and len(sequence) == prompt_len
+        begins = sequence is not first and sequence.num_tokens == prompt_len
         if not (begins and first.status is Status.RUNNING and draft.num_computed_before(first) >= prompt_len - 1):
             return False
         if not self._has_room(1):
@@ -274,19 +270,17 @@ class Scheduler:
 
     def _plan(self, draft: Draft) -> StepPlan:
         """The draft as arrays, decode rows first."""
-        is_decode = [length == 1 and samples for length, samples in zip(draft.query_lens, draft.samples, strict=True)]
-        order = sorted(range(len(is_decode)), key=lambda index: not is_decode[index])
-        sequences = [draft.sequences[index] for index in order]
+        sequences, starts, query_lens, samples = zip(*draft.decodes, *draft.chunks, strict=True)
         moves = PageMoves(_pairs(self.cache.take_swap_out()), _pairs(draft.swap_in), _pairs(draft.copy))
         self._num_steps += 1
         return StepPlan(
             step=self._num_steps,
-            sequences=sequences,
+            sequences=list(sequences),
             rows=np.array([sequence.row for sequence in sequences], dtype=np.int32),
-            start_positions=np.array([draft.starts[index] for index in order], dtype=np.int32),
-            query_lens=np.array([draft.query_lens[index] for index in order], dtype=np.int32),
-            num_decode_rows=sum(is_decode),
-            samples=np.array([draft.samples[index] for index in order], dtype=np.bool_),
+            start_positions=np.array(starts, dtype=np.int32),
+            query_lens=np.array(query_lens, dtype=np.int32),
+            num_decode_rows=len(draft.decodes),
+            samples=np.array(samples, dtype=np.bool_),
             new_rows=draft.new_rows,
             page_updates=np.array(draft.page_updates, dtype=np.int32).reshape(-1, 3),
             page_moves=moves,
@@ -306,45 +300,43 @@ class Scheduler:
             result.finish_codes.tolist(),
             strict=True,
         )
+        block_size = self.block_size
         for index, (sequence, start, query_len, samples, token, code) in enumerate(columns):
             sequence.num_steps_in_flight -= 1
-            sequence.num_tokens_in_flight -= samples
             if sequence.status is Status.FINISHED:
                 continue
+            end = start + query_len
             if code == FinishCode.NAN:
                 self.cache.forget(sequence)
-            else:
-                self.cache.register(sequence, start, start + query_len)
-            scored = self._unseen(sequence, start, query_len, result.prompt_logprobs.get(index))
+            elif start // block_size != end // block_size:
+                self.cache.register(sequence, start, end)
+            output = SequenceOutput(sequence, [], len(sequence.token_ids) - sequence.request.num_prompt_tokens)
+            if result.prompt_logprobs:
+                scores = result.prompt_logprobs.get(index)
+                output.prompt_start, output.prompt_logprobs = self._unseen(sequence, start, query_len, scores)
             if samples:
-                outputs.append(self._append(sequence, token, FinishCode(code), result.logprobs.get(index), scored))
-            elif start + query_len == len(sequence) and not sequence.may_sample:  # max_tokens is 0
+                output.logprobs = result.logprobs.get(index)
+                self._append(output, token, code)
+            elif end == sequence.num_tokens >= sequence.max_len:  # max_tokens is 0
+                output.finish = FinishCode.LENGTH
                 self._end(sequence)
-                outputs.append(SequenceOutput(sequence, [], 0, FinishCode.LENGTH, None, *scored))
-            elif scored[1] is not None:
-                outputs.append(SequenceOutput(sequence, [], 0, FinishCode.RUNNING, None, *scored))
+            elif output.prompt_logprobs is None:
+                continue
+            outputs.append(output)
         return outputs
 
-    def _append(
-        self,
-        sequence: Sequence,
-        token: int,
-        code: FinishCode,
-        logprobs: TokenLogprobs | None,
-        scored: tuple[int, TokenLogprobs | None],
-    ) -> SequenceOutput:
+    def _append(self, output: SequenceOutput, token: int, code: int) -> None:
         """Add a sampled token to its sequence, and end the sequence if that was its last."""
-        token_index = sequence.num_generated_tokens
+        sequence = output.sequence
         if sequence.request.first_token_time is None:
             sequence.request.first_token_time = time.monotonic()
-        if code is FinishCode.NAN:
+        if code != FinishCode.NAN:
+            sequence.token_ids.append(token)
+            output.token_ids.append(token)
+            self._num_generated_tokens += 1
+        if code:
+            output.finish = FinishCode(code)
             self._end(sequence)
-            return SequenceOutput(sequence, [], token_index, code)
-        sequence.token_ids.append(token)
-        self._num_generated_tokens += 1
-        if code is not FinishCode.RUNNING:
-            self._end(sequence)
-        return SequenceOutput(sequence, [token], token_index, code, logprobs, *scored)
 
     def _unseen(
         self, sequence: Sequence, start: int, query_len: int, scores: TokenLogprobs | None

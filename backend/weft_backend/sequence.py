@@ -77,9 +77,9 @@ class Request:
 class Sequence:
     """One choice of a request.
 
-    ``num_computed_tokens`` counts tokens whose keys and values are in the cache *once every launched step is done*:
-    the scheduler raises it when it plans a step, before the step's tokens are known. Likewise ``len`` counts the
-    tokens that launched steps will have sampled.
+    ``num_tokens`` counts the tokens there will be, and ``num_computed_tokens`` those whose keys and values will be in
+    the cache, *once every launched step is done*: the scheduler raises both when it plans a step, before the step's
+    token is known. They are fields, not sums, because the scheduler reads them for every row of every step.
     """
 
     request: Request
@@ -87,19 +87,19 @@ class Sequence:
     token_ids: list[int]  # prompt and generated, as far as retired
     page_ids: list[int] = field(default_factory=list)
     page_hashes: list[bytes] = field(default_factory=list)  # of its full pages, as far as they were needed
+    num_tokens: int = field(init=False)
     num_computed_tokens: int = 0
-    num_tokens_in_flight: int = 0  # tokens sampled by planned steps that are not retired
     num_steps_in_flight: int = 0  # planned steps that are not retired
+    max_len: int = field(init=False)  # prompt and max_tokens
+    compute_len: int = field(init=False)  # tokens to compute in the end: the last of max_len is only sampled
     row: int = -1  # -1: has none
     num_scored_tokens: int = 0  # prompt tokens whose log-probabilities were put out
     status: Status = Status.NEW
 
-    def __len__(self) -> int:
-        """Tokens, those in flight included."""
-        return len(self.token_ids) + self.num_tokens_in_flight
-
-    def __bool__(self) -> bool:
-        return True
+    def __post_init__(self) -> None:
+        self.num_tokens = len(self.token_ids)
+        self.max_len = self.request.num_prompt_tokens + self.request.sampling.max_tokens
+        self.compute_len = max(self.max_len - 1, self.request.prompt_len)
 
     @property
     def num_generated_tokens(self) -> int:
@@ -107,18 +107,11 @@ class Sequence:
         return len(self.token_ids) - self.request.num_prompt_tokens
 
     @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens to compute now, one in flight included."""
+        return min(self.num_tokens, self.compute_len) - self.num_computed_tokens
+
+    @property
     def order(self) -> tuple[int, int, int]:
         """Who goes first: smaller priority, then arrival, then choice."""
         return self.request.priority, self.request.arrival, self.choice
-
-    @property
-    def may_sample(self) -> bool:
-        """Whether max_tokens leaves room for another token beyond those in flight."""
-        return len(self) - self.request.num_prompt_tokens < self.request.sampling.max_tokens
-
-    @property
-    def num_uncomputed_tokens(self) -> int:
-        """Tokens to compute, in flight ones included; the last of max_tokens is never computed."""
-        num_tokens = len(self) - self.num_computed_tokens
-        is_complete = not self.may_sample and len(self) > self.request.prompt_len
-        return num_tokens - is_complete

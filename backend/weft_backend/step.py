@@ -93,7 +93,7 @@ class StepResult:
     # prompt token at start_positions[i] + t + 1; T = query_len, or one less in the chunk that ends the prompt
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that triples the cost of making one, and one is made for every token
 class SequenceOutput:
     """What a retired step gave one live sequence."""
 
