@@ -7,7 +7,7 @@ public requests are in ``weft.text_limits``, which the backend does not import.
 Errors, both of which name the field by its path in the request and never repeat what the client sent:
 
 - ``InvalidField``: INVALID_ARGUMENT, HTTP 400
-- ``Unsupported``: a feature that no backend offers yet; UNIMPLEMENTED, HTTP 400
+- ``Unsupported``: a feature that no backend offers yet; UNIMPLEMENTED, HTTP 501
 """
 
 from __future__ import annotations
