@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import grpc
 from weft.engine.v1 import engine_pb2 as pb
 from weft.engine.v1.engine_pb2_grpc import EngineServiceStub
 from weft.engine.v1.model_pb2 import LoadReport, ModelCard
+from weft.errors import from_rpc_error
 from weft_frontend.errors import Unavailable, WeftError, from_status
 from weft_frontend.step_frames import TokenSink, fan_out
 
@@ -25,6 +27,7 @@ SILENCE_SECONDS = 20.0  # a backend shows life every 5 s
 WELCOME_SECONDS = 10.0
 MIN_BACKOFF_SECONDS = 0.1
 MAX_BACKOFF_SECONDS = 0.5  # an attempt costs 1.3 ms of CPU
+PATIENCE_SECONDS = 5.0  # a backend that is not there after this is worth a warning
 RETRY_AFTER_MS = 1000
 MAX_FRAME_BYTES = 64 << 20
 
@@ -82,7 +85,9 @@ class EngineClient:
         self._unreported_tokens = 0  # prompt tokens submitted since the latest load report
         self._num_steps = 0
         self._ack_every = 1
-        self._logged_cause = ""
+        self._started_at = 0.0
+        self._logged = (logging.NOTSET, "")
+        self._has_warned = False
 
     @property
     def num_requests(self) -> int:
@@ -116,6 +121,7 @@ class EngineClient:
     async def run(self) -> None:
         """Hold a session until cancelled, opening a new one whenever it breaks."""
         delay = MIN_BACKOFF_SECONDS
+        self._started_at = time.monotonic()
         while True:
             try:
                 await self._session()
@@ -180,7 +186,7 @@ class EngineClient:
         await self._on_welcome(self, welcome.model)
         self.ready = True
         self.was_ready.set()
-        self._logged_cause = ""
+        self._logged, self._has_warned = (logging.NOTSET, ""), False
         logger.info("backend %s: ready with %s", self.target, welcome.model.name)
 
     async def _write(self, call: Any, outbox: asyncio.Queue[pb.SessionRequest]) -> None:
@@ -235,18 +241,23 @@ class EngineClient:
             sink.fail(_lost())
 
     def _log_loss(self, error: Exception) -> None:
-        if isinstance(error, grpc.aio.AioRpcError):
-            cause = f"{error.code().name}: {error.details()}"
-        elif isinstance(error, TimeoutError):
-            cause = "silent for too long"
-        elif isinstance(error, _SessionBroken | BackendRefused):
-            cause = str(error)
-        else:
-            cause = "a fault of ours"
-            logger.error("backend %s: the session ended by a fault of ours", self.target, exc_info=error)
-        if cause != self._logged_cause:  # not again at every attempt to reconnect
-            logger.warning("backend %s: %s", self.target, cause)
-        self._logged_cause = cause
+        level, cause = self._level_of(error), _cause_of(error)
+        if (level, cause) != self._logged:  # not again at every attempt to reconnect
+            is_ours = not isinstance(error, _FORESEEN)
+            logger.log(level, "backend %s: %s", self.target, cause, exc_info=error if is_ours else None)
+        self._logged = level, cause
+
+    def _level_of(self, error: Exception) -> int:
+        """Waiting for a backend that starts is nothing to warn of; losing one is, once, as is one that stays away."""
+        if not isinstance(error, _FORESEEN):
+            return logging.ERROR
+        if isinstance(error, BackendRefused):
+            return logging.WARNING
+        is_patient = not self.ready and time.monotonic() - self._started_at < PATIENCE_SECONDS
+        if is_patient or self._has_warned or _is_loading(error):
+            return logging.INFO
+        self._has_warned = True
+        return logging.WARNING
 
     def _free_slot(self) -> int:
         # In turn, not the lowest free one: frames about a cancelled request may still arrive for its slot.
@@ -255,6 +266,21 @@ class EngineClient:
         slot = self._next_slot
         self._next_slot = (slot + 1) % NUM_SLOTS
         return slot
+
+
+_FORESEEN = (grpc.aio.AioRpcError, TimeoutError, _SessionBroken, BackendRefused)
+
+
+def _cause_of(error: Exception) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    if isinstance(error, TimeoutError):
+        return "silent for too long"
+    return str(error) if isinstance(error, _FORESEEN) else "the session ended by a fault of ours"
+
+
+def _is_loading(error: Exception) -> bool:
+    return isinstance(error, grpc.aio.AioRpcError) and from_rpc_error(error).reason == "LOADING"
 
 
 def _lost() -> WeftError:

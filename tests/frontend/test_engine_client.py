@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 from waiting import until
 
 from weft.engine.v1 import engine_pb2 as pb
+from weft.engine.v1 import engine_pb2_grpc
 from weft.engine.v1.model_pb2 import LoadReport, ModelCard
 from weft.testing import ACK_WINDOW, FakeBackend
 from weft_frontend import engine_client
 from weft_frontend.engine_client import BackendRefused, EngineClient
 from weft_frontend.errors import InvalidRequest, Unavailable, WeftError
+from weft_frontend.grpc.errors import abort
 from weft_frontend.logprobs import LogprobRun
 
 
@@ -192,6 +197,58 @@ async def test_a_refusal_is_logged_once_and_tried_again(
         task.cancel()
         assert caplog.text.count("not this one") == 1
         assert not client.ready
+
+
+class LoadingBackend(engine_pb2_grpc.EngineServiceServicer):
+    """Answers as a backend does whose engine is not ready."""
+
+    async def Session(self, requests: Any, context: Any) -> None:
+        await abort(context, Unavailable("the model is loading", reason="LOADING"))
+
+
+def levels(caplog: pytest.LogCaptureFixture) -> list[int]:
+    return [record.levelno for record in caplog.records if record.name == "weft.frontend"]
+
+
+async def test_waiting_for_a_model_to_load_is_no_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(engine_client, "PATIENCE_SECONDS", 0.0)
+    server = grpc.aio.server()
+    engine_pb2_grpc.add_EngineServiceServicer_to_server(LoadingBackend(), server)  # type: ignore[no-untyped-call]
+    server.add_insecure_port(f"unix:{tmp_path}/backend.sock")
+    await server.start()
+    task = asyncio.create_task(EngineClient(f"unix:{tmp_path}/backend.sock", "test", welcome).run())
+    await until(lambda: "the model is loading" in caplog.text)
+    assert levels(caplog) == [logging.INFO]
+    task.cancel()
+    await server.stop(None)
+
+
+async def test_a_backend_that_stays_away_is_one_warning_after_a_while(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(engine_client, "PATIENCE_SECONDS", 0.5)
+    task = asyncio.create_task(EngineClient(f"unix:{tmp_path}/none", "test", welcome).run())
+    await until(lambda: levels(caplog))
+    assert set(levels(caplog)) == {logging.INFO}
+    await until(lambda: logging.WARNING in levels(caplog))
+    await asyncio.sleep(1)  # some three attempts more
+    assert levels(caplog).count(logging.WARNING) == 1
+    task.cancel()
+
+
+async def test_a_lost_backend_is_one_warning_at_once(
+    byte_level_files: dict[str, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with FakeBackend(byte_level_files) as fake, connected(fake.target):
+        assert not levels(caplog)
+        await fake.die()
+        await until(lambda: levels(caplog) == [logging.WARNING])
+        await asyncio.sleep(1)
+        assert levels(caplog).count(logging.WARNING) == 1
 
 
 async def test_failing_to_connect_leaves_no_tasks_behind(tmp_path: Path) -> None:
