@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class EngineConfig:
     device: str = "auto"  # auto, cuda or cpu
     dtype: str = "auto"  # auto, float32, bfloat16 or float16
     max_model_len: int | None = None  # None: the model's, or what fits into memory
-    block_size: int = 16  # tokens per page
+    block_size: int = 16  # tokens per page, a power of two
     num_pages: int | None = None  # None: what fits into memory
     gpu_memory_utilization: float = 0.9  # share of the device's memory to use
     swap_space: float = 0.0  # GiB of host memory for prefixes that leave the device
@@ -34,7 +35,7 @@ class EngineConfig:
     max_queued_tokens: int | None = None  # None: the limit of weft.limits
     enable_prefix_caching: bool = True
     enforce_eager: bool = False  # no CUDA graphs
-    seed: int | None = None  # of dummy weights and of requests that name none; None: drawn
+    seed: int | None = None  # of requests that name none, and of dummy weights; None: drawn, and 0 for the weights
     tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
@@ -43,8 +44,13 @@ class EngineConfig:
                 f"--tensor-parallel-size {self.tensor_parallel_size}: only 1 is supported; "
                 "start one backend per GPU instead and give the frontend all of them"
             )
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise StartupError(f"--gpu-memory-utilization {self.gpu_memory_utilization}: must be in (0, 1]")
+        _check(self, "gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "in (0, 1]")
+        for name in ("num_pages", "max_num_seqs", "max_queued_tokens"):
+            _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        # What the attention kernels take; the CPU would take any, but then a setting would not move to a GPU.
+        _check(self, "block_size", self.block_size >= 1 and self.block_size.bit_count() == 1, "a power of two")
+        _check(self, "swap_space", 0 <= self.swap_space < math.inf, "at least 0 GiB")
+        _check(self, "seed", self.seed is None or -(1 << 63) <= self.seed < 1 << 63, "a signed number of 64 bits")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise StartupError(
                 f"--max-num-batched-tokens {self.max_num_batched_tokens} is below --max-num-seqs {self.max_num_seqs}: "
@@ -73,3 +79,15 @@ class BackendConfig:
     heartbeat_interval: float = 5.0  # of silence from us on a session, after which a heartbeat is sent
     session_timeout: float = 20.0  # of silence from a frontend, after which its session ends
     ack_window: int = 1024  # step frames a frontend may leave unacknowledged; 10 s of 10 ms steps
+
+    def __post_init__(self) -> None:
+        _check(self, "drain_timeout", 0 <= self.drain_timeout < math.inf, "at least 0 s")
+        _check(self, "watchdog_timeout", 0 < self.watchdog_timeout < math.inf, "more than 0 s")
+        if self.metrics_address is not None and not 0 < self.metrics_address[1] < 1 << 16:
+            raise StartupError(f"--metrics-port {self.metrics_address[1]}: must be a port, below 65536")
+
+
+def _check(config: EngineConfig | BackendConfig, name: str, is_met: bool, range_: str) -> None:
+    """Raise StartupError, which names the field by its flag, unless its value is in its range."""
+    if not is_met:
+        raise StartupError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be {range_}")
