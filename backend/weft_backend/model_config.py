@@ -14,6 +14,7 @@ from typing import Any
 from weft_backend.config_fields import ConfigError, Fields
 
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_EOS_TOKEN_IDS = 16  # every row of the batch has room for them beside a request's own stop ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +257,8 @@ def _resolve_max_model_len(own: int, override: int | None) -> int:
 
 
 def _check_ids(eos_token_ids: tuple[int, ...], vocab_size: int) -> None:
+    if len(eos_token_ids) > MAX_EOS_TOKEN_IDS:
+        raise ConfigError("eos_token_id", f"{len(eos_token_ids)} ids; at most {MAX_EOS_TOKEN_IDS} are supported")
     if any(token_id >= vocab_size for token_id in eos_token_ids):
         raise ConfigError("eos_token_id", f"{list(eos_token_ids)} is not below vocab_size, {vocab_size}")
 

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from checkpoints import KINDS, make_checkpoint
 
+from weft.limits import default_limits
 from weft_backend.config_fields import ConfigError
-from weft_backend.model_config import DefaultSampling, ModelConfig, Rope, load_model_config
+from weft_backend.model_config import MAX_EOS_TOKEN_IDS, DefaultSampling, ModelConfig, Rope, load_model_config
+from weft_backend.model_runner import MAX_STOP_TOKEN_IDS
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -45,6 +47,10 @@ def write(path: Path, config: dict[str, Any], generation: dict[str, Any] | None 
 
 def load(path: Path, config: dict[str, Any], **options: Any) -> ModelConfig:
     return load_model_config(write(path, config), **options)
+
+
+def test_a_row_has_room_for_a_requests_stop_ids_and_the_models() -> None:
+    assert default_limits().max_stop_token_ids + MAX_EOS_TOKEN_IDS <= MAX_STOP_TOKEN_IDS
 
 
 def test_a_plain_llama(tmp_path: Path) -> None:
@@ -159,6 +165,7 @@ def test_options(tmp_path: Path) -> None:
         ),
         ("eos_token_id", LLAMA | {"eos_token_id": 300}, {}),
         ("eos_token_id", LLAMA | {"eos_token_id": [2, -1]}, {}),
+        ("eos_token_id", LLAMA | {"eos_token_id": list(range(17))}, {}),
         ("torch_dtype", LLAMA | {"torch_dtype": "float8_e4m3fn"}, {}),
         ("dtype", LLAMA, {"dtype": "int8"}),
         ("max_model_len", LLAMA, {"max_model_len": 2049}),
