@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from weft.engine.v1.model_pb2 import ModelCard
 from weft_frontend.chat_template import ChatTemplate, choose_source
@@ -59,7 +60,7 @@ class ModelRegistry:
         frontend_id = f"{socket.gethostname()}/{os.getpid()}"[:128]
         self.clients = [EngineClient(target, frontend_id, self._admit) for target in config.backends]
         self._public_names = dict(config.served_model_names)
-        self._template_override = config.chat_template.read_text() if config.chat_template is not None else None
+        self._template_override = _checked_template(config.chat_template) if config.chat_template is not None else None
         self._models: dict[str, ServedModel] = {}  # by the name in the model card
         self._texts: dict[str, asyncio.Task[TextHalf]] = {}  # by tokenizer hash
         self._tasks: list[asyncio.Task[None]] = []
@@ -173,6 +174,16 @@ class ModelRegistry:
             template(with_tools=False),
             template(with_tools=True),
         )
+
+
+def _checked_template(path: Path) -> str:
+    """The template in a file. Raises ValueError, which names the file, if it is none."""
+    try:
+        source = path.read_text(encoding="utf-8")
+        ChatTemplate(source, {})
+    except ValueError as error:
+        raise ValueError(f"--chat-template {path}: {error}") from error
+    return source
 
 
 def _identity(card: ModelCard) -> tuple[str, str]:

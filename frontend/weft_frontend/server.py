@@ -93,6 +93,7 @@ async def _serve(config: FrontendConfig, on_ready: Callable[[str], None]) -> Non
 
 
 def run(config: FrontendConfig, on_ready: Callable[[str], None]) -> None:
-    """Run a worker in this process until it is told to stop. Raises OSError or RuntimeError if it cannot listen."""
+    """Run a worker in this process until it is told to stop. Raises OSError or RuntimeError if it cannot listen, and
+    ValueError for a chat template that is none."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(config, on_ready))

@@ -26,12 +26,12 @@ RESTART_DELAY = 1.0  # seconds before a crashed worker is replaced
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
-_CANNOT_LISTEN = 3  # exit code of a worker
+_CANNOT_START = 3  # exit code of a worker
 _fork = multiprocessing.get_context("fork")
 
 
 def run_worker(config: FrontendConfig, on_ready: Callable[[str], None]) -> None:
-    """Serve in this process. Raises OSError or RuntimeError if it cannot listen."""
+    """Serve in this process. Raises OSError, RuntimeError or ValueError if it cannot start."""
     from weft_frontend.server import run
 
     run(config, on_ready)
@@ -68,7 +68,7 @@ class _Supervisor:
         self._stopping = False
 
     def run(self) -> None:
-        """Return when all workers have ended after a signal; exit with 1 if one cannot listen."""
+        """Return when all workers have ended after a signal; exit with 1 if one cannot start."""
         for number in _SIGNALS:
             signal.signal(number, self._hand_on)
         for _ in range(self._config.workers):
@@ -106,7 +106,7 @@ class _Supervisor:
         _forget_gauges(worker.pid)
         if self._stopping:
             return
-        if worker.exitcode == _CANNOT_LISTEN:
+        if worker.exitcode == _CANNOT_START:
             self._hand_on(signal.SIGTERM, None)
             sys.exit(1)
         print(f"weft frontend: worker {worker.pid} ended with {worker.exitcode}; starting another", flush=True)
@@ -131,9 +131,9 @@ def _work(config: FrontendConfig, pipe: Connection) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         run_worker(config, pipe.send)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         print(f"weft frontend: {error}", file=sys.stderr, flush=True)
-        sys.exit(_CANNOT_LISTEN)
+        sys.exit(_CANNOT_START)
 
 
 def _forget_gauges(pid: int) -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 import grpc.aio
 import psutil  # type: ignore[import-untyped]
 import pytest
+from ports import free_port
 from raw_http import post, read_answer, request, send
-from serving import free_port
 from waiting import until
 
 from weft.inference.v1 import inference_pb2 as pb
@@ -178,6 +178,32 @@ async def test_a_mistake_on_the_command_line_is_one_line(fake: FakeBackend) -> N
         assert await process.wait() == 1
     async with frontend(fake, "--port", "0", "--grpc-port", "0") as process:
         assert "both protocols are off" in await ready_line(process)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("template", [b"{% if %}", b"\xff"])
+async def test_a_bad_chat_template_is_refused_at_the_start(
+    fake: FakeBackend, tmp_path: Path, template: bytes, workers: str
+) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_bytes(template)
+    ports = ("--port", str(free_port()), "--grpc-port", "0", "--workers", workers)
+    async with frontend(fake, *ports, "--chat-template", str(file)) as process:
+        assert f"weft frontend: --chat-template {file}: " in await ready_line(process)
+        async with asyncio.timeout(10):
+            assert await process.wait() == 1
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+async def test_every_address_is_localhost_to_click_on(fake: FakeBackend, host: str) -> None:
+    port, grpc_port = free_port(), free_port()
+    ports = ("--host", host, "--port", str(port), "--grpc-port", str(grpc_port), "--workers", "1")
+    async with frontend(fake, *ports) as process:
+        assert (await ready_line(process)).endswith(f"on http://localhost:{port}, grpc localhost:{grpc_port}\n")
+        assert (await post(port, "/v1/completions", COMPLETION)).status == 200
+        async with grpc.aio.insecure_channel(f"localhost:{grpc_port}") as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+            assert (await stub.ListModels(pb.ListModelsRequest())).models
 
 
 async def test_a_connection_that_was_open_is_answered_during_the_drain(fake: FakeBackend) -> None:
