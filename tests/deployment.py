@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,19 +16,13 @@ from pathlib import Path
 from typing import Self
 
 import grpc
+from ports import free_port
 
 from weft.engine.v1 import engine_pb2
 from weft.engine.v1.engine_pb2_grpc import EngineServiceStub
 from weft.engine.v1.model_pb2 import LoadReport
 
 START_SECONDS = 120.0  # kernels are compiled when there is a GPU
-
-
-def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
+from ports import free_port
 from waiting import until
 
 from weft.inference.v1 import inference_pb2_grpc
@@ -40,13 +40,6 @@ class Served:
         """Return once no request runs anywhere; fails after 5 s."""
         backends = self.worker.generation.backends
         await until(lambda: not self.fake.num_running and not any(one.num_requests for one in backends()))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @asynccontextmanager

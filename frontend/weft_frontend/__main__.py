@@ -25,7 +25,7 @@ def _default_workers(grpc_listen: str | None) -> int:
     return min(MAX_DEFAULT_WORKERS, len(os.sched_getaffinity(0)))
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.option("--backend", "backends", multiple=True, required=True, metavar="TARGET",
               help="gRPC target of a backend: host:port, dns:///name:port or unix:/path. Repeatable.")  # fmt: skip
 @click.option("--host", default="0.0.0.0", help="Address to listen on.")
@@ -78,11 +78,17 @@ def main(
 
 
 def _print_ready(config: FrontendConfig, models: str) -> None:
-    places = [] if config.http_port is None else [f"http://{config.host}:{config.http_port}"]
+    places = [] if config.http_port is None else [f"http://{config.http_address}"]
     places += [] if config.grpc_address is None else [f"grpc {config.grpc_address}"]
+    where = ", ".join(map(_reachable, places))
     seconds = time.perf_counter() - _STARTED
-    print(f"weft frontend: ready in {seconds:.1f} s: {models} on {', '.join(places)}", flush=True)
+    print(f"weft frontend: ready in {seconds:.1f} s: {models} on {where}", flush=True)
+
+
+def _reachable(address: str) -> str:
+    """An address to click on: "every address of this machine" is none."""
+    return address.replace("0.0.0.0:", "localhost:").replace("[::]:", "localhost:")
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="weft frontend")

@@ -37,9 +37,20 @@ class FrontendConfig:
             raise ValueError("a Unix socket cannot be shared: give --workers 1")
 
     @property
+    def http_address(self) -> str | None:
+        """Where HTTP listens; None: nowhere."""
+        return _address(self.host, self.http_port)
+
+    @property
     def grpc_address(self) -> str | None:
         """Where gRPC listens; None: nowhere."""
-        return self.grpc_listen or (f"{self.host}:{self.grpc_port}" if self.grpc_port is not None else None)
+        return self.grpc_listen or _address(self.host, self.grpc_port)
+
+
+def _address(host: str, port: int | None) -> str | None:
+    if port is None:
+        return None
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"  # an IPv6 address is bracketed
 
 
 def parse_served_model_names(names: tuple[str, ...]) -> dict[str, str]:

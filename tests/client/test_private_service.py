@@ -6,7 +6,6 @@ import gc
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ import grpc
 import pytest
 from checkpoints import make_checkpoint
 from click.testing import CliRunner
+from ports import free_port
 
 from weft import LLM, Client, SamplingParams
 from weft.cli import main
@@ -134,12 +134,6 @@ def test_the_cause_of_a_failed_start_is_raised(checkpoint: Path, model: str | No
         LLM(model or str(checkpoint), **options)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @pytest.fixture
 def served(checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], int, int]]:
     """A running ``weft serve`` that has said it is ready, its HTTP port and its gRPC port."""
@@ -152,7 +146,7 @@ def served(checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], int, int]]
     lines = []
     for line in process.stderr:
         lines.append(line)
-        if line.startswith("ready in "):
+        if line.startswith("weft frontend: ready in "):
             break
     else:
         pytest.fail("".join(lines))

@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from dataclasses import asdict, dataclass
 import click
 import grpc.aio
 
+from weft.cli.local import free_ports
 from weft.inference.v1 import inference_pb2, inference_pb2_grpc
 
 MAX_TOKENS = 4000  # of one stream; the fake model takes 4,096
@@ -123,7 +123,7 @@ def bench_frontend(
 
 @contextlib.contextmanager
 def _services(load: Load, tokenizer: str) -> Iterator[Frontend]:
-    backend_port, http_port, grpc_port = _free_port(), _free_port(), _free_port()
+    backend_port, http_port, grpc_port = free_ports(3)
     target = f"127.0.0.1:{backend_port}"
     with contextlib.ExitStack() as stack:
         fake = ["--tokenizer", tokenizer, "--port", str(backend_port), "--interval", str(load.interval)]
@@ -163,13 +163,6 @@ def _await_ready(process: subprocess.Popen[str]) -> str:
         if (found := _READY.search(line)) is not None:
             return found["model"]
     raise click.ClickException("the frontend ended before it was ready")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 _Reader = Callable[[Frontend, Load, Seen], Coroutine[None, None, None]]

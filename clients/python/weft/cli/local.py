@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import http.client
 import socket
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 
-from weft.cli.ready import http_ready, wait_until
 from weft.services import Stack, flags
 
 HOST = "127.0.0.1"
+
+_POLL_SECONDS = 0.05
+_PROBE_TIMEOUT = 5.0
 
 
 @dataclass(frozen=True)
@@ -35,19 +40,33 @@ class LocalService:
 @contextmanager
 def local_service(backend_arguments: Sequence[str]) -> Iterator[LocalService]:
     """Start one, wait until it is ready, end it afterwards. Raises StartError."""
-    http_port, grpc_port = _free_ports()
+    http_port, grpc_port = free_ports(2)
     frontend = {"host": HOST, "port": http_port, "grpc_port": grpc_port, "workers": 1}
     stack = Stack([*backend_arguments, "--metrics-port", "0"], flags(frontend), private=True)
     try:
-        wait_until(http_ready(HOST, http_port), stack)
+        while not _is_ready(http_port):
+            stack.raise_if_ended()
+            time.sleep(_POLL_SECONDS)
         yield LocalService(stack, http_port, grpc_port)
     finally:
         stack.stop()
 
 
-def _free_ports() -> tuple[int, int]:
-    """Two ports that are free now; another process could take one before the service does."""
-    with socket.socket() as first, socket.socket() as second:
-        first.bind((HOST, 0))
-        second.bind((HOST, 0))
-        return first.getsockname()[1], second.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    """Ports that are free now; another process could take one before the service does."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in sockets:
+            probe.bind((HOST, 0))
+        return [int(probe.getsockname()[1]) for probe in sockets]
+
+
+def _is_ready(port: int) -> bool:
+    connection = http.client.HTTPConnection(HOST, port, timeout=_PROBE_TIMEOUT)
+    try:
+        connection.request("GET", "/ready")
+        return connection.getresponse().status == HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()

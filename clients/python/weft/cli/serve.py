@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from typing import Any
 
 import click
 
 from weft.cli.options import FORWARDING
-from weft.cli.ready import POLL_SECONDS, grpc_ready, http_ready, wait_until
 from weft.services import API_KEY_VARIABLE, Stack, flags
 
+_POLL_SECONDS = 0.2
 _GRACE_BEYOND_DRAIN = 10.0  # seconds a service gets to end after its drain
 
 
@@ -33,20 +32,15 @@ _GRACE_BEYOND_DRAIN = 10.0  # seconds a service gets to end after its drain
 def serve(arguments: tuple[str, ...], **server: Any) -> None:
     """Serve MODEL, a folder or a hub id; by default the built-in one.
 
-    Other options are those of the backend, as `weft backend --help` lists them.
+    Each service says when it is ready. Other options are those of the backend, as `weft backend --help` lists them.
     """
-    host, port, grpc_port, drain = server["host"], server["port"], server["grpc_port"], server["drain_timeout"]
-    if not port and not grpc_port:
+    if not server["port"] and not server["grpc_port"]:
         raise click.UsageError("--port 0 and --grpc-port 0 leave nothing to serve on")
     stop = _stop_signals()
-    begin = time.monotonic()
+    drain = server["drain_timeout"]
     stack = Stack([*flags({"drain_timeout": drain, "metrics_port": 0}), *arguments], flags(server))
     try:
-        probe = http_ready(_reachable(host), port) if port else grpc_ready(f"{_reachable(host)}:{grpc_port}")
-        wait_until(probe, stack, stop)
-        if not stop.is_set():
-            click.echo(_ready_line(_reachable(host), port, grpc_port, time.monotonic() - begin), err=True)
-        while not stop.wait(4 * POLL_SECONDS):
+        while not stop.wait(_POLL_SECONDS):
             stack.raise_if_ended()
     finally:
         stack.stop(drain + _GRACE_BEYOND_DRAIN)
@@ -58,12 +52,3 @@ def _stop_signals() -> threading.Event:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     return stop
-
-
-def _reachable(host: str) -> str:
-    return {"0.0.0.0": "localhost", "::": "localhost"}.get(host, host)
-
-
-def _ready_line(host: str, port: int, grpc_port: int, seconds: float) -> str:
-    addresses = [f"http://{host}:{port}"] * bool(port) + [f"gRPC {host}:{grpc_port}"] * bool(grpc_port)
-    return f"ready in {seconds:.1f} s: {', '.join(addresses)}"
