@@ -22,7 +22,7 @@ from weft_backend.model_runner import ModelRunner
 from weft_backend.models import Model, build_model, load_model
 from weft_backend.scheduler import Scheduler
 from weft_backend.stages import Stage
-from weft_backend.tokenizer_files import chunks, hash_tokenizer, read_tokenizer_files
+from weft_backend.tokenizer_files import check_vocabulary, chunks, hash_tokenizer, read_tokenizer_files
 
 _GIB = 1 << 30
 
@@ -38,7 +38,7 @@ def build_engine(channel: EngineChannel, config: EngineConfig) -> Engine:
             f"{config.model}: {model_config.architecture}, sampling defaults: {describe_defaults(model_config)}"
         )
     with Stage("tokenizer") as stage:
-        tokenizer_hash = _send_tokenizer(channel, path)
+        tokenizer_hash = _send_tokenizer(channel, path, model_config.vocab_size)
         stage.detail = f"files hash to {tokenizer_hash[:12]}" if tokenizer_hash else "none: token ids only"
     with Stage("memory") as stage:
         stage.detail = plan_memory(config, model_config, device)
@@ -105,8 +105,9 @@ def _open_checkpoint(config: EngineConfig) -> tuple[Path, ModelConfig]:
     return path, load_model_config(path, dtype=config.dtype, max_model_len=config.max_model_len)
 
 
-def _send_tokenizer(channel: EngineChannel, path: Path) -> str:
+def _send_tokenizer(channel: EngineChannel, path: Path, vocab_size: int) -> str:
     files = read_tokenizer_files(path)
+    check_vocabulary(files, vocab_size, path)
     for chunk in chunks(files):
         channel.send(Kind.TOKENIZER, payload=chunk.SerializeToString())
     return hash_tokenizer(files)

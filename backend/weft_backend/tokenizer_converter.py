@@ -37,8 +37,14 @@ def convert_sentencepiece(path: Path, config: Mapping[str, Any]) -> bytes:
 
 
 def convert_byte_level(path: Path, config: Mapping[str, Any]) -> bytes:
-    """The tokenizer.json of GPT-2's vocab.json and merges.txt in the folder ``path``, as OPT has them."""
-    model = models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt"))
+    """The tokenizer.json of GPT-2's vocab.json and merges.txt in the folder ``path``, as OPT has them.
+
+    Args: ``config`` is tokenizer_config.json. Raises StartupError.
+    """
+    try:
+        model = models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt"))
+    except Exception as error:  # the library raises nothing narrower
+        raise StartupError(f"{path}: vocab.json or merges.txt is damaged: {error}") from error
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
     tokenizer.decoder = decoders.ByteLevel()

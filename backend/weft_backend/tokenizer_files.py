@@ -8,8 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from weft.engine.v1.engine_pb2 import GetTokenizerResponse
 from weft_backend.errors import StartupError
+from weft_backend.tokenizer_converter import convert_byte_level, convert_sentencepiece
 
 MAX_CHUNK_BYTES = 1 << 20
 _NAMES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
@@ -27,14 +30,9 @@ def read_tokenizer_files(path: Path) -> dict[str, bytes]:
 
 
 def _convert(path: Path, config: dict[str, Any]) -> bytes | None:
-    # The converter imports the tokenizers library (0.1 s), which most checkpoints need not.
     if (path / "tokenizer.model").is_file():
-        from weft_backend.tokenizer_converter import convert_sentencepiece
-
         return convert_sentencepiece(path / "tokenizer.model", config)
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        from weft_backend.tokenizer_converter import convert_byte_level
-
         return convert_byte_level(path, config)
     return None
 
@@ -48,6 +46,22 @@ def _config(path: Path, files: Mapping[str, bytes]) -> dict[str, Any]:
         except (ValueError, TypeError) as error:
             raise StartupError(f"{path / name} is not a JSON object: {error}") from error
     return config
+
+
+def check_vocabulary(files: Mapping[str, bytes], vocab_size: int, path: Path) -> None:
+    """Raise StartupError if the tokenizer in ``path`` is damaged or belongs to a model with a larger vocabulary."""
+    if not files:
+        return
+    try:
+        vocabulary = Tokenizer.from_buffer(files["tokenizer.json"]).get_vocab(with_added_tokens=False)
+    except Exception as error:  # the library raises nothing narrower
+        raise StartupError(f"{path / 'tokenizer.json'} is damaged: {error}") from error
+    # An added token may be beyond the vocabulary, as a <pad> often is: a prompt that has it is refused.
+    if (largest := max(vocabulary.values(), default=0)) >= vocab_size:
+        raise StartupError(
+            f"{path}: the tokenizer has token ids up to {largest}, but config.json has vocab_size {vocab_size}; "
+            "they belong to different models"
+        )
 
 
 def hash_tokenizer(files: Mapping[str, bytes]) -> str:

@@ -276,6 +276,14 @@ def test_a_start_that_fails_ends_with_the_cause_and_the_flag(
     assert "Traceback" not in result.stderr
 
 
+def test_a_tokenizer_of_another_model_ends_the_start(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("vicuna", tmp_path / "tiny", vocab_size=200)
+    arguments = command(checkpoint, tmp_path / "s")
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1
+    assert f"{checkpoint}: the tokenizer has token ids up to" in result.stderr.splitlines()[-1]
+
+
 def test_a_model_that_is_not_there_ends_with_one_clear_line(tmp_path: Path) -> None:
     arguments = command(tmp_path / "nothing", tmp_path / "s")
     result = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)

@@ -10,7 +10,13 @@ import sentencepiece
 from tokenizers import Tokenizer
 
 from weft_backend.errors import StartupError
-from weft_backend.tokenizer_files import MAX_CHUNK_BYTES, chunks, hash_tokenizer, read_tokenizer_files
+from weft_backend.tokenizer_files import (
+    MAX_CHUNK_BYTES,
+    check_vocabulary,
+    chunks,
+    hash_tokenizer,
+    read_tokenizer_files,
+)
 
 CORPUS = [
     "The capital of France is Paris, and the capital of Italy is Rome. Hello, my name is Weft.",
@@ -168,6 +174,34 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\xff\xffdamaged")
     with pytest.raises(StartupError, match=name.replace(".", r"\.")):
         read_tokenizer_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_a_damaged_byte_level_file_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2}')
+    (tmp_path / "merges.txt").write_text("a b\n")
+    (tmp_path / name).write_text("{a b c")
+    with pytest.raises(StartupError, match=name.replace(".", r"\.")):
+        read_tokenizer_files(tmp_path)
+
+
+def test_a_tokenizer_of_a_larger_model_is_refused(tmp_path: Path) -> None:
+    vocab_size = train(tmp_path).vocab_size()
+    write_config(tmp_path, added_tokens_decoder={str(vocab_size): {"content": "<pad>", "special": True}})
+    files = read_tokenizer_files(tmp_path)
+    check_vocabulary(files, vocab_size, tmp_path)
+    check_vocabulary({}, 1, tmp_path)
+    with pytest.raises(StartupError, match=f"{tmp_path}.*ids up to {vocab_size - 1}.*vocab_size {vocab_size - 1}"):
+        check_vocabulary(files, vocab_size - 1, tmp_path)
+
+
+def test_a_truncated_tokenizer_json_is_named(tmp_path: Path) -> None:
+    train(tmp_path)
+    write_config(tmp_path)
+    files = read_tokenizer_files(tmp_path)
+    files["tokenizer.json"] = files["tokenizer.json"][:-100]
+    with pytest.raises(StartupError, match=r"tokenizer\.json is damaged"):
+        check_vocabulary(files, 1000, tmp_path)
 
 
 def test_chunks_carry_size_and_hash_of_the_whole_file() -> None:
