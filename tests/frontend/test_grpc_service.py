@@ -240,6 +240,17 @@ async def test_health_follows_the_backends(served: Served) -> None:
     watches[0].cancel()
 
 
+async def test_a_health_watch_does_not_hold_up_the_end(tokenizer_dir: Path) -> None:
+    async with FakeBackend(tokenizer_dir) as fake, serving(fake, drain_timeout=30.0) as served:
+        watch = health_pb2_grpc.HealthStub(served.channel).Watch(health_pb2.HealthCheckRequest(service="ready"))
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        async with asyncio.timeout(5):
+            stopping = asyncio.create_task(served.worker.stop())
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert await watch.read() is grpc.aio.EOF  # type: ignore[attr-defined]
+            await stopping
+
+
 async def status_of(watch: Any, status: int) -> Any:
     while (answer := await watch.read()).status != status:
         pass

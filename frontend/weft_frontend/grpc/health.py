@@ -27,14 +27,23 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     def __init__(self, is_ready: Callable[[], bool]) -> None:
         self._is_ready = is_ready
         self._was_ready = False
+        self._is_over = False
         self._changed = asyncio.Event()
 
     def refresh(self) -> None:
         """Tell the watchers if something has changed."""
         if self._is_ready() != self._was_ready:
             self._was_ready = not self._was_ready
-            self._changed.set()
-            self._changed = asyncio.Event()
+            self._wake()
+
+    def end(self) -> None:
+        """End the watches: a server that stops would wait for them as for any other call."""
+        self._is_over = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def Check(self, request: Any, context: Any) -> Any:
         """The status of a name; NOT_FOUND for an unknown one."""
@@ -44,9 +53,9 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         return _Status(status=status)
 
     async def Watch(self, request: Any, context: Any) -> None:
-        """The status of a name, now and whenever it changes."""
+        """The status of a name, now and whenever it changes, until ``end``."""
         last = None
-        while True:
+        while not self._is_over:
             changed = self._changed
             status = self._status(request.service)
             if status != last:

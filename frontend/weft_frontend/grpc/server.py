@@ -63,4 +63,5 @@ class GrpcServer:
 
     async def stop(self) -> None:
         """Accept no more, and return when running calls have ended or the grace is over."""
+        self.health.end()
         await self._server.stop(self._grace)
