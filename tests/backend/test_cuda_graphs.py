@@ -150,7 +150,6 @@ def test_bucket_sizes_end_at_the_largest_batch() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("enforce_eager", [False, True])
 @pytest.mark.parametrize("num_pages", [33, None])
 def test_on_a_gpu(enforce_eager: bool, num_pages: int | None) -> None:

@@ -5,7 +5,6 @@ Every family, in every situation that moves keys and values around, with and wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ from weft_backend.scheduler import Scheduler
 from weft_backend.sequence import Request
 from weft_backend.step import StepPlan, StepResult
 
-CPU = torch.device("cpu")
-PAGE_SIZE = 8
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+PAGE_SIZES = {"cpu": 8, "cuda": 16}  # the smallest that the device's kernels take
 MAX_MODEL_LEN = 128
 PROMPT_LENS = (5, 23, 37, 12)
 FAMILIES = [
@@ -47,66 +46,71 @@ FAMILIES = [
 class Family:
     """A tiny model, prompts, and the 64 ids that greedy decoding adds to each."""
 
+    device: torch.device
     model: Model
     shape: PageShape
     prompts: list[list[int]]
     answers: list[list[int]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> Family:
     path = make_checkpoint(request.param, tmp_path_factory.mktemp("checkpoints") / request.param, tokenizer=False)
-    return load_family(path)
+    return load_family(path, device)
 
 
-def load_family(path: Path) -> Family:
+def load_family(path: Path, device: torch.device) -> Family:
     config = load_model_config(path)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist() for length in PROMPT_LENS]
     reference = load_reference(path)
+    page_size = PAGE_SIZES[device.type]
     return Family(
-        model=load_model(config, path, device=CPU),
-        shape=PageShape(config.num_layers, config.num_kv_heads, PAGE_SIZE, config.head_dim, torch.float32),
+        device=device,
+        model=load_model(config, path, device=device),
+        shape=PageShape(config.num_layers, config.num_kv_heads, page_size, config.head_dim, torch.float32),
         prompts=prompts,
         answers=[greedy(reference, prompt, 64) for prompt in prompts],
     )
 
 
 class Engine:
-    """A scheduler and a runner of one size, and counts of what their plans did."""
+    """A scheduler and a runner of one size, in tokens, and counts of what their plans did.
+
+    On a GPU, decode steps are replayed as CUDA graphs where a step is launched ahead, and run eagerly where none is.
+    """
 
     def __init__(
         self,
         family: Family,
         depth: int,
-        num_pages: int = 64,
-        num_host_pages: int = 0,
+        cache_len: int = 512,
+        host_cache_len: int = 0,
         max_num_batched_tokens: int = 64,
         max_model_len: int = MAX_MODEL_LEN,
     ) -> None:
         self.depth = depth
         self.num_prefill_steps = self.num_swapped_in = self.num_copied = 0
+        page_size = family.shape.page_size
         self.runner = ModelRunner(
             family.model,
             page_shape=family.shape,
             vocab_size=VOCAB_SIZE,
-            device=CPU,
+            device=family.device,
             max_model_len=max_model_len,
             max_num_seqs=6,
             max_num_batched_tokens=max_num_batched_tokens,
-            swap_space=num_host_pages * family.shape.num_bytes / (1 << 30),
-            num_pages=num_pages,
+            swap_space=host_cache_len // page_size * family.shape.num_bytes / (1 << 30),
+            enforce_eager=depth == 0,
+            num_pages=cache_len // page_size,
         )
         self.scheduler = Scheduler(
-            num_pages, PAGE_SIZE, 6, max_num_batched_tokens, max_model_len, self.runner.num_host_pages
+            self.runner.num_pages, page_size, 6, max_num_batched_tokens, max_model_len, self.runner.num_host_pages
         )
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
@@ -167,7 +171,7 @@ def test_with_prefix_hits(family: Family, depth: int) -> None:
 
 @depths
 def test_after_preemption(family: Family, depth: int) -> None:
-    engine = Engine(family, depth, num_pages=10, max_model_len=80)
+    engine = Engine(family, depth, cache_len=80, max_model_len=80)
     requests = engine.run(family.prompts, max_tokens=40)
     assert_answers(requests, family.answers, 40)
     assert sum(request.num_preemptions for request in requests) > 0
@@ -175,7 +179,7 @@ def test_after_preemption(family: Family, depth: int) -> None:
 
 @depths
 def test_with_swapped_pages(family: Family, depth: int) -> None:
-    engine = Engine(family, depth, num_pages=10, num_host_pages=32, max_model_len=80)
+    engine = Engine(family, depth, cache_len=80, host_cache_len=256, max_model_len=80)
     for _ in range(2):
         for prompt, answer in zip(family.prompts, family.answers, strict=True):
             assert_answers(engine.run([prompt], max_tokens=24), [answer], 24)
@@ -206,7 +210,7 @@ def test_sampling_is_the_same_after_preemption_and_resumption(family: Family, de
         "repetition_penalty": 1.1,
     }
     whole = Engine(family, 0).run(family.prompts, **sampling)
-    small = Engine(family, depth, num_pages=10, max_model_len=80)
+    small = Engine(family, depth, cache_len=80, max_model_len=80)
     preempted = small.run(family.prompts, **sampling)
     assert sum(request.num_preemptions for request in preempted) > 0
     assert [generated(request) for request in preempted] == [generated(request) for request in whole]

@@ -1,8 +1,7 @@
-"""Kernels run on the GPU if there is one, else in Triton's interpreter, to be asked for before Triton is imported."""
+"""Batches in shuffled pages for kernels, which run on the GPU if there is one and else in Triton's interpreter."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,22 +11,10 @@ from torch import Tensor
 
 from weft_kernels import BatchLayout
 
-HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
-
-torch.set_num_threads(1)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("gpu") and not HAS_GPU:
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
-
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    return torch.device("cuda" if HAS_GPU else "cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass
