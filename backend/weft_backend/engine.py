@@ -160,28 +160,38 @@ class Engine:
         for output in outputs:
             if output.finish is FinishCode.NAN and output.sequence.request in self._open:
                 self._fail(output.sequence.request, Refusal(INTERNAL, "NOT_FINITE", "the logits were not finite"))
-        frames: dict[int, FrameBuilder] = {}
-        for output in outputs:
-            request = output.sequence.request
-            if request in self._open:
-                self._add(frames.setdefault(request.session, FrameBuilder()), output)
-        for session, frame in frames.items():
-            self._channel.send(Kind.STEP, session, frame.serialize(self._load.num_steps))
+        self._send_steps(outputs)
         if self._is_idle:
             self._scheduler.check_idle()
         if (report := self._load.due(self._open.num_ended, idle=self._is_idle)) is not None:
             self._channel.send(Kind.LOAD, payload=report.SerializeToString())
         self._channel.flush()
 
-    def _add(self, frame: FrameBuilder, output: SequenceOutput) -> None:
-        request = output.sequence.request
-        try:
-            frame.add(output)
-            if output.finish is not FinishCode.RUNNING:
-                summary = summarize(request)
-                frame.add_finish(output, summary if self._open.end_choice(request) else None)
-        except Exception as error:
+    def _send_steps(self, outputs: list[SequenceOutput]) -> None:
+        """Send each session its frame. A request whose output cannot be put into it fails, and only after it: the
+        frontend may use a slot again as soon as it hears of a failure.
+        """
+        frames: dict[int, FrameBuilder] = {}
+        failed: dict[Request, Exception] = {}
+        for output in outputs:
+            request = output.sequence.request
+            if request not in self._open or request in failed:
+                continue
+            try:
+                self._add(frames.setdefault(request.session, FrameBuilder()), output)
+            except Exception as error:
+                failed[request] = error
+        for session, frame in frames.items():
+            self._channel.send(Kind.STEP, session, frame.serialize(self._load.num_steps))
+        for request, error in failed.items():
             self._fail(request, _as_refusal(error))
+
+    def _add(self, frame: FrameBuilder, output: SequenceOutput) -> None:
+        frame.add(output)
+        if output.finish is not FinishCode.RUNNING:
+            request = output.sequence.request
+            summary = summarize(request)
+            frame.add_finish(output, summary if self._open.end_choice(request) else None)
 
 
 def _as_refusal(error: Exception) -> Refusal:

@@ -18,6 +18,8 @@ from weft_backend.channel import EngineChannel, Kind, Message, Splitter, encode
 from weft_backend.config import EngineConfig
 from weft_backend.engine import Engine
 from weft_backend.errors import ChannelClosed
+from weft_backend.frames import FrameBuilder
+from weft_backend.step import SequenceOutput
 from weft_backend.testing import build_fake_engine, fake_token
 
 
@@ -215,6 +217,28 @@ def test_an_error_in_finishing_a_request_ends_it_alone(io: IoSide) -> None:
     (failure,) = io.failures()
     assert (failure.slot, failure.code, failure.message) == (0, INTERNAL, "internal error")
     assert io.tokens(1) == expected_tokens([5], 5)
+
+
+def test_a_failure_follows_the_tokens_of_the_requests_other_choices(
+    io: IoSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = FrameBuilder.add
+
+    def add_but_choice_1(frame: FrameBuilder, output: SequenceOutput) -> None:
+        if output.sequence.choice == 1:
+            raise ValueError("no good")
+        add(frame, output)
+
+    monkeypatch.setattr(FrameBuilder, "add", add_but_choice_1)
+    io.submit(0, token_request([5], n=2))
+    io.read_until_ended(1)
+    io.submit(1, token_request([5], max_tokens=2))
+    io.read_until_ended(2)
+    kinds = [message.kind for message in io.messages]
+    steps_before = kinds[: kinds.index(Kind.FAILURE)].count(Kind.STEP)
+    slots = [list(step.slots) for step in io.steps()]
+    assert slots == [[0]] * steps_before + [[1], [1]]
+    assert steps_before >= 2  # the one that failed with choice 1 holds a token of choice 0
 
 
 def test_a_deadline_ends_a_request(io: IoSide) -> None:
