@@ -7,6 +7,8 @@ from itertools import count
 
 from weft_backend.sequence import Request
 
+_SPARE_DEADLINES = 64  # of ended requests, before they are swept out
+
 
 class OpenRequests:
     """Each request is ended exactly once; ``num_ended`` counts them, and those refused before they were added."""
@@ -52,6 +54,10 @@ class OpenRequests:
             del self._sessions[request.session]
         del self._num_choices_left[request]
         self.num_ended += 1
+        # Deadlines may be hours away, and an ended request would stay in memory until then.
+        if len(self._deadlines) > 2 * len(self._num_choices_left) + _SPARE_DEADLINES:
+            self._deadlines = [entry for entry in self._deadlines if entry[2] in self]
+            heapq.heapify(self._deadlines)
 
     def pop_expired(self, now: float) -> list[Request]:
         """Open requests whose deadline has passed; each is told once."""
