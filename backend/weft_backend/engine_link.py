@@ -119,7 +119,8 @@ class EngineLink(asyncio.Protocol):
         gone = unavailable("ENGINE_DIED", "the engine process ended", 1000)
         self._sessions.end_all(gone)
         for reset in self._resets:
-            reset.set_exception(gone)
+            if not reset.done():  # its caller may have left
+                reset.set_exception(gone)
 
     def _receive(self, message: Message) -> None:
         kind, session_id, payload = message

@@ -100,8 +100,14 @@ class Backend:
     async def _supervise_engine(self) -> None:
         card = await asyncio.shield(self.link.ready)
         self.health.set_ready(not self.link.load.draining)
-        self._start.end(f"{card.name} at {self._config.address}, up to {card.max_model_len} tokens")
+        self._start.end(f"{card.name} at {self._bound_address}, up to {card.max_model_len} tokens")
         await watch_engine(self.link, self.health, self._config.watchdog_timeout, self.engine.kill)
+
+    @property
+    def _bound_address(self) -> str:
+        """The address, with the port that was given if any would do."""
+        host, _, port = self._config.address.rpartition(":")
+        return f"{host}:{self.port}" if port == "0" else self._config.address
 
     async def _engine_closed(self) -> None:
         await asyncio.shield(self.link.closed)

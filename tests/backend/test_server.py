@@ -66,6 +66,27 @@ async def test_an_engine_that_fails_says_why(token: int, cause: str) -> None:
             await backend.run()
 
 
+async def test_a_reset_fails_with_the_engine_though_another_caller_has_left() -> None:
+    async with running_backend() as backend, running_session(backend) as session, connected(backend) as stub:
+        await session.submit(0, token_request([testing.HANG_TOKEN]))
+        left = stub.ResetPrefixCache(pb.ResetPrefixCacheRequest())
+        await asyncio.sleep(0.2)
+        left.cancel()
+        waiting = stub.ResetPrefixCache(pb.ResetPrefixCacheRequest())
+        await asyncio.sleep(0.2)
+        backend.engine.kill()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(waiting, 5)
+        assert caught.value.code() is StatusCode.UNAVAILABLE
+        with pytest.raises(EngineDied, match="SIGKILL"):
+            await backend.run()
+
+
+async def test_the_ready_line_names_the_port_that_was_given(capsys: pytest.CaptureFixture[str]) -> None:
+    async with running_backend() as backend:
+        assert f"weft-tiny at 127.0.0.1:{backend.port}, up to" in capsys.readouterr().err
+
+
 async def test_the_watchdog_ends_a_hung_engine_and_an_idle_one_may_be_silent() -> None:
     async with running_backend(watchdog_timeout=0.8) as backend, running_session(backend) as session:
         await asyncio.sleep(1.2)
