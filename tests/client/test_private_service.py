@@ -213,3 +213,28 @@ def test_bench_engine_measures_every_key(checkpoint: Path) -> None:
     }
     assert all(value > 0 for name, value in results.items() if "decode" not in name)
     assert time.perf_counter() - begin < 60
+
+
+@pytest.mark.parametrize("command", [["demo"], ["bench", "engine"], ["run-batch", "-i", "in.jsonl", "-o", "out.jsonl"]])
+def test_sigterm_leaves_nothing_behind(checkpoint: Path, tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "in.jsonl").write_text("{}\n")
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    arguments = [
+        sys.executable,
+        "-c",
+        "from weft.cli import main; main()",
+        *command,
+        str(checkpoint),
+        "--device",
+        "cpu",
+    ]
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    process = subprocess.Popen(arguments, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert "weft: " in process.stderr.readline(), "the backend has begun to start"
+    assert list(temporary.glob("weft-*"))
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not list(temporary.glob("weft-*"))

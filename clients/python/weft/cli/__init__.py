@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from typing import ClassVar
 
 import click
@@ -26,3 +28,5 @@ class _Commands(LazyGroup):
 @click.version_option(package_name="weft")
 def main() -> None:
     """Serve large language models in two halves: a frontend for text, a backend for tokens."""
+    # An exception, like Ctrl-C's: what a command has started, and its files, end with it.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
