@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 from typing import Any
 
+import grpc
 import pytest
 from click.testing import CliRunner
 
@@ -94,4 +96,56 @@ def test_bench_serve_over_grpc(target: str, tmp_path: Any) -> None:
     results = json.loads(file.read_text())
     assert results["requests"] == 4
     assert results["out_tok_s"] > 0
-    assert results["ttft_ms_p50"] > 0
+    assert 0 < results["ttft_ms_p50"] <= results["ttft_ms_p99"] == results["ttft_ms_max"]
+    assert results["failed_percent"] == 0
+
+
+def test_bench_serve_counts_what_failed(target: str, service: Any, tmp_path: Any) -> None:
+    file = tmp_path / "out.json"
+
+    def fail(request: Any, context: Any) -> None:
+        """The third request, which is the second measured one, is refused."""
+        service.requests.append(request)
+        if len(service.requests) == 3:
+            context.abort(grpc.StatusCode.INTERNAL, "no")
+
+    service._note = fail
+    sizes = ["--streams", "1", "--requests", "4", "--max-tokens", "8"]
+    result = run("bench", "serve", "--target", target, *sizes, "--json", str(file))
+    assert result.exit_code == 1
+    assert "25.00 % of the requests failed" in result.output
+    assert json.loads(file.read_text())["failed_percent"] == 25
+
+
+@pytest.mark.parametrize("end", [b"", b'data: {"error":{"message":"lost"}}\n\n'])
+async def test_bench_serve_takes_no_broken_stream_for_a_whole_one(end: bytes) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        head = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"
+        writer.write(head + b'data: {"choices":[{"text":"a"}],"usage":null}\n\n' + end)
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        command = [sys.executable, "-c", "from weft.cli import main; main()", "bench", "serve", "--url", url]
+        process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+        _, errors = await process.communicate()
+    assert process.returncode == 1
+    assert b"the stream broke off" in errors
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "serve", "--streams", "0"],
+        ["bench", "serve", "--requests", "0"],
+        ["bench", "frontend", "--streams", "0"],
+        ["bench", "engine", ".", "--batches", "8,x"],
+        ["bench", "engine", ".", "--batches", "0"],
+        ["run-batch", "-i", "-", "-o", "x", "--concurrency", "0"],
+    ],
+)
+def test_counts_are_checked_before_anything_starts(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert arguments[-2] in result.output

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from weft.cli import main
+from weft.cli.run_batch import BatchRunner, run_lines
 
 
 class EchoServer(ThreadingHTTPServer):
@@ -22,6 +23,8 @@ class EchoServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), EchoHandler)
         self.failures: list[int] = []
         self.keys: list[str | None] = []
+        self.closes_idle = False  # connections end after an answer that does not say so
+        self.answer: bytes | None = None  # instead of JSON
 
     @property
     def url(self) -> str:
@@ -36,13 +39,14 @@ class EchoHandler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.keys.append(self.headers["Authorization"])
         status = self.server.failures.pop(0) if self.server.failures else 200
-        answer = json.dumps({"choices": [{"text": body["prompt"]}]}).encode()
+        answer = self.server.answer or json.dumps({"choices": [{"text": body["prompt"]}]}).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(answer)))
         self.send_header("x-request-id", "r1")
         self.send_header("retry-after", "0")
         self.end_headers()
         self.wfile.write(answer)
+        self.close_connection = self.server.closes_idle
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -116,3 +120,33 @@ def test_a_service_that_is_gone(server: EchoServer, tmp_path: Path) -> None:
     server.socket.close()
     results, _ = run(server, tmp_path, [json.dumps(request(1))])
     assert results[0]["error"]["code"] == "connection_error"
+
+
+def test_a_connection_that_was_idle_too_long_is_opened_again(server: EchoServer, tmp_path: Path) -> None:
+    server.closes_idle = True
+    results, _ = run(server, tmp_path, [json.dumps(request(i)) for i in range(5)], "--concurrency", "1")
+    assert [result["error"] for result in results] == [None] * 5
+
+
+def test_an_answer_that_is_not_json_is_no_bad_line(server: EchoServer, tmp_path: Path) -> None:
+    server.answer = b"<html>"
+    results, _ = run(server, tmp_path, [json.dumps(request(1))])
+    assert results[0]["error"]["code"] == "invalid_answer"
+
+
+def test_an_interrupt_does_not_run_the_lines_ahead() -> None:
+    started: list[str] = []
+    hold = threading.Event()
+
+    class Runner(BatchRunner):
+        def run(self, line: str) -> dict[str, Any]:
+            started.append(line)
+            if line != "0":
+                hold.wait(10)
+            return {}
+
+    results = run_lines(Runner("http://127.0.0.1", None), map(str, range(8)), concurrency=2)
+    next(results)
+    results.close()
+    hold.set()
+    assert len(started) <= 3, "lines were run that nobody waits for"

@@ -92,17 +92,31 @@ class Bench:
         return TokenRequest(prompt_token_ids=prompt, sampling=sampling)
 
 
+def _batch_sizes(context: click.Context, option: click.Parameter, value: str) -> list[int]:
+    sizes = value.split(",")
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        raise click.BadParameter("must be whole numbers above 0, with commas between them")
+    return list(map(int, sizes))
+
+
 @click.command(context_settings=FORWARDING)
 @click.argument("shape", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("arguments", metavar="[BACKEND OPTIONS]...", nargs=-1, type=click.UNPROCESSED)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here.")
-@click.option("--batches", default="1,8,64,256", show_default=True, help="Batch sizes of the decode runs.")
+@click.option(
+    "--batches", default="1,8,64,256", show_default=True, callback=_batch_sizes, help="Batch sizes of the decode runs."
+)
 @click.option("--temperature", default=0.6, show_default=True, help="Of the mixed load.")
 @click.option("--max-num-seqs", default=256, show_default=True)
 @click.option("--gpu-memory-utilization", default=0.85, show_default=True)
 @click.option("--load-format", default="dummy", show_default=True)
 def bench_engine(
-    shape: Path, arguments: tuple[str, ...], json_file: Path | None, batches: str, temperature: float, **engine: Any
+    shape: Path,
+    arguments: tuple[str, ...],
+    json_file: Path | None,
+    batches: list[int],
+    temperature: float,
+    **engine: Any,
 ) -> None:
     """Time the engine on SHAPE, a folder with a config.json; weights are random unless --load-format says otherwise.
 
@@ -116,7 +130,7 @@ def bench_engine(
         results: dict[str, Any] = {"engine": f"weft {version('weft')}", "shape": shape.resolve().name}
         results["start_s"] = time.perf_counter() - begin
         click.echo(f"{'start_s':24} {results['start_s']:12.3f}")
-        for name, value in Bench(session, temperature).measure([int(batch) for batch in batches.split(",")]):
+        for name, value in Bench(session, temperature).measure(batches):
             results[name] = value
             click.echo(f"{name:24} {value:12.3f}")
             if json_file:  # at once: a machine's time may be over before the last result

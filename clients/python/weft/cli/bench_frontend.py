@@ -23,6 +23,7 @@ import click
 import grpc.aio
 
 from weft.cli.local import free_ports
+from weft.cli.options import COUNT
 from weft.inference.v1 import inference_pb2, inference_pb2_grpc
 
 MAX_TOKENS = 4000  # of one stream; the fake model takes 4,096
@@ -90,7 +91,7 @@ class Frontend:
 
 
 @click.command("frontend")
-@click.option("--streams", default=64, show_default=True, help="Streams read at once.")
+@click.option("--streams", type=COUNT, default=64, show_default=True, help="Streams read at once.")
 @click.option("--seconds", default=10.0, show_default=True, help="Length of the measured window.")
 @click.option("--interval", default=0.01, show_default=True, help="Seconds between the tokens of a stream.")
 @click.option("--tokenizer", type=click.Path(exists=True, file_okay=False), help="Folder of tokenizer files. "

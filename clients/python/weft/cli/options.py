@@ -13,6 +13,8 @@ from weft.transport import DEFAULT_TARGET
 
 Command = Callable[..., Any]
 
+COUNT = click.IntRange(min=1)
+
 # For commands that hand what they do not know to ``weft backend``.
 FORWARDING: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 

@@ -8,7 +8,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +19,7 @@ import click
 from tqdm import tqdm
 
 from weft.cli.local import local_service
-from weft.cli.options import FORWARDING
+from weft.cli.options import COUNT, FORWARDING
 from weft.services import API_KEY_VARIABLE
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
@@ -50,12 +50,15 @@ class BatchRunner:
             request = json.loads(line)
             output["custom_id"] = request.get("custom_id") if isinstance(request, dict) else None
             check_line(request)
-            output["response"] = self._post(request["url"], json.dumps(request["body"]).encode())
+            payload = json.dumps(request["body"]).encode()
         except (ValueError, RecursionError) as error:
-            output["error"] = {"code": "invalid_line", "message": str(error)}
+            return {**output, "error": {"code": "invalid_line", "message": str(error)}}
+        try:
+            return {**output, "response": self._post(request["url"], payload)}
         except (OSError, http.client.HTTPException) as error:
-            output["error"] = {"code": "connection_error", "message": str(error)}
-        return output
+            return {**output, "error": {"code": "connection_error", "message": str(error)}}
+        except ValueError as error:
+            return {**output, "error": {"code": "invalid_answer", "message": f"the answer is not JSON: {error}"}}
 
     def _post(self, path: str, body: bytes) -> dict[str, Any]:
         for attempt in range(_MAX_TRIES):
@@ -74,12 +77,15 @@ class BatchRunner:
         if not hasattr(self._local, "connection"):
             self._local.connection = kind(self._url.netloc)
         connection = self._local.connection
+        was_open = connection.sock is not None
         try:
             connection.request("POST", self._url.path.rstrip("/") + path, body, self._headers)
             response = connection.getresponse()
             return response, response.read()
-        except (OSError, http.client.HTTPException):
+        except (OSError, http.client.HTTPException) as error:
             connection.close()
+            if was_open and isinstance(error, ConnectionError):  # services close connections that were idle
+                return self._send(path, body)
             raise
 
 
@@ -99,10 +105,11 @@ def check_line(request: Any) -> None:
         raise BadLine("body.stream: a batch cannot stream")
 
 
-def run_lines(runner: BatchRunner, lines: Iterable[str], concurrency: int) -> Iterator[dict[str, Any]]:
+def run_lines(runner: BatchRunner, lines: Iterable[str], concurrency: int) -> Generator[dict[str, Any], None, None]:
     """Output lines in the order of the input; ``concurrency`` requests are under way at once."""
     pending: collections.deque[Future[dict[str, Any]]] = collections.deque()
-    with ThreadPoolExecutor(concurrency) as pool:
+    pool = ThreadPoolExecutor(concurrency)
+    try:
         for line in lines:
             if line.strip():
                 pending.append(pool.submit(runner.run, line))
@@ -110,6 +117,8 @@ def run_lines(runner: BatchRunner, lines: Iterable[str], concurrency: int) -> It
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # an interrupt is not to wait for the lines ahead
 
 
 @click.command("run-batch", context_settings=FORWARDING)
@@ -119,7 +128,7 @@ def run_lines(runner: BatchRunner, lines: Iterable[str], concurrency: int) -> It
 )
 @click.option("--base-url", help="A running service, for example http://localhost:8000. Default: start a private one.")
 @click.option("--api-key", envvar=API_KEY_VARIABLE, help="Key of the running service, if it asks for one.")
-@click.option("--concurrency", default=256, show_default=True, help="Requests under way at once.")
+@click.option("--concurrency", type=COUNT, default=256, show_default=True, help="Requests under way at once.")
 @click.argument("arguments", metavar="[MODEL] [BACKEND OPTIONS]...", nargs=-1, type=click.UNPROCESSED)
 def run_batch(
     source: Iterable[str],
