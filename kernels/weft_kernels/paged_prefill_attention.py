@@ -175,7 +175,7 @@ def paged_prefill_attention(
     assert page_size & (page_size - 1) == 0
     assert out.shape == q.shape
     assert all(t.is_contiguous() for t in (q, k_cache, v_cache, out, layout.page_table))
-    block_d = triton.next_power_of_2(dim)
+    block_d = max(16, triton.next_power_of_2(dim))  # a dot takes no less
     block_m, block_n, num_warps, num_stages = _tile_shape(block_d, q.element_size(), group)
     num_tiles = (num_tokens - first_row) // (block_m // group) + num_rows
     _prefill_kernel[(num_kv_heads, num_tiles)](

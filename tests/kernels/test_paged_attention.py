@@ -23,6 +23,7 @@ SHAPES: list[dict[str, Any]] = [
     dict(rows=PREFILL, num_decode_rows=0, num_heads=7, num_kv_heads=1, head_dim=96, page_size=64),
     dict(**MIXED, num_heads=2, num_kv_heads=2, head_dim=128, page_size=32),
     dict(**MIXED, num_heads=2, num_kv_heads=1, head_dim=256, page_size=64),
+    dict(**MIXED, num_heads=2, num_kv_heads=1, head_dim=8, page_size=16),
 ]
 SHAPE_IDS = ["decode-gqa", "decode-mha-80", "prefill-gqa", "prefill-mqa-96", "mixed-mha", "mixed-256"]
 SMALL = dict(**MIXED, num_heads=2, num_kv_heads=1, head_dim=16, page_size=16, dtype=torch.float32)
