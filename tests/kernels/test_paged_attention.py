@@ -25,7 +25,7 @@ SHAPES: list[dict[str, Any]] = [
     dict(**MIXED, num_heads=2, num_kv_heads=1, head_dim=256, page_size=64),
     dict(**MIXED, num_heads=2, num_kv_heads=1, head_dim=8, page_size=16),
 ]
-SHAPE_IDS = ["decode-gqa", "decode-mha-80", "prefill-gqa", "prefill-mqa-96", "mixed-mha", "mixed-256"]
+SHAPE_IDS = ["decode-gqa", "decode-mha-80", "prefill-gqa", "prefill-mqa-96", "mixed-mha", "mixed-256", "mixed-8"]
 SMALL = dict(**MIXED, num_heads=2, num_kv_heads=1, head_dim=16, page_size=16, dtype=torch.float32)
 
 
