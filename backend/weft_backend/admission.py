@@ -66,8 +66,10 @@ def resolve_sampling(params: SamplingParams, card: ModelCard, room: int, seeds: 
 
 
 def check_queue(num_new: int, num_queued: int, card: ModelCard, tokens_per_second: float) -> None:
-    """Raises Refusal if ``num_new`` prompt tokens are too many beside those that wait."""
-    if num_queued + num_new <= card.limits.max_queued_tokens:
+    """Raises Refusal if ``num_new`` prompt tokens are too many beside those that wait; beside none, never: a retry of
+    a prompt longer than the whole queue would meet the same refusal for ever.
+    """
+    if num_queued == 0 or num_queued + num_new <= card.limits.max_queued_tokens:
         return
     retry_ms = int(1000 * num_queued / max(tokens_per_second, 1.0))
     raise Refusal(

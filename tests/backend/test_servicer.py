@@ -249,11 +249,15 @@ async def test_a_frontend_that_does_not_read_is_dropped_and_the_others_go_on() -
 
 
 async def test_a_full_queue_refuses_with_a_delay() -> None:
-    async with running_backend(EngineConfig(max_queued_tokens=100)) as backend, running_session(backend) as session:
-        await session.submit(0, token_request([testing.SLOW_TOKEN] * 101))
-        await session.read_until_ended(0)
-        assert session.failures[0].code == StatusCode.RESOURCE_EXHAUSTED.value[0]
-        assert session.failures[0].retry_after_ms >= 100
+    engine = EngineConfig(max_queued_tokens=100, max_num_seqs=1)
+    async with running_backend(engine) as backend, running_session(backend) as session:
+        for slot in range(3):  # one runs, one waits though it is longer than the queue, one is too many
+            await session.submit(slot, token_request([testing.SLOW_TOKEN] * 101, max_tokens=10))
+            await asyncio.sleep(0.05)
+        await session.read_until_ended(0, 1, 2)
+        assert session.failures.keys() == {2}
+        assert session.failures[2].code == StatusCode.RESOURCE_EXHAUSTED.value[0]
+        assert session.failures[2].retry_after_ms >= 100
 
 
 async def test_leaving_at_any_moment_leaves_nothing_behind(backend: Backend) -> None:
