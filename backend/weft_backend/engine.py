@@ -17,7 +17,7 @@ from weft.engine.v1.engine_pb2 import ResetPrefixCacheResponse, SessionRequest, 
 from weft.engine.v1.model_pb2 import ModelCard
 from weft_backend.admission import check_queue, make_request
 from weft_backend.channel import EngineChannel, Kind, Message
-from weft_backend.errors import Refusal
+from weft_backend.errors import Refusal, not_finite
 from weft_backend.frames import FrameBuilder, summarize
 from weft_backend.load_report import LoadReporter
 from weft_backend.open_requests import OpenRequests
@@ -159,7 +159,7 @@ class Engine:
         """Send each session its frame, and the load if it is due."""
         for output in outputs:
             if output.finish is FinishCode.NAN and output.sequence.request in self._open:
-                self._fail(output.sequence.request, Refusal(INTERNAL, "NOT_FINITE", "the logits were not finite"))
+                self._fail(output.sequence.request, not_finite())
         self._send_steps(outputs)
         if self._is_idle:
             self._scheduler.check_idle()

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from google.rpc.code_pb2 import INVALID_ARGUMENT, UNAVAILABLE, UNIMPLEMENTED
+from google.rpc.code_pb2 import INTERNAL, INVALID_ARGUMENT, UNAVAILABLE, UNIMPLEMENTED
 
 from weft.engine.v1.engine_pb2 import RequestFailure
 from weft.limits import InvalidField, Unsupported
@@ -56,6 +56,11 @@ class Refusal(Exception):
 def unavailable(reason: str, message: str, retry_after_ms: int) -> Refusal:
     """The backend cannot take or finish requests now; another one can."""
     return Refusal(UNAVAILABLE, reason, message, retry_after_ms=retry_after_ms)
+
+
+def not_finite() -> Refusal:
+    """A request's logits hold NaN or infinity."""
+    return Refusal(INTERNAL, "NOT_FINITE", "the logits were not finite")
 
 
 def broken_protocol(message: str) -> Refusal:

@@ -16,6 +16,7 @@ from weft.engine.v1.engine_pb2 import (
     SessionResponse,
     StepFrame,
 )
+from weft_backend.errors import not_finite
 from weft_backend.sequence import Request
 from weft_backend.step import FinishCode, SequenceOutput, TokenLogprobs
 
@@ -83,8 +84,10 @@ class FrameBuilder:
 
 
 def logprob_columns(logprobs: TokenLogprobs) -> LogprobColumns:
-    """Log-probabilities of ``T`` tokens as columns."""
+    """Log-probabilities of ``T`` tokens as columns. Raises Refusal if they are no numbers."""
     num_tokens, num_top = logprobs.top_token_ids.shape
+    if np.isnan(logprobs.token_logprobs).any():  # of a prompt whose sequence samples nothing, so nobody has checked it
+        raise not_finite()
     return LogprobColumns(
         token_logprobs=logprobs.token_logprobs.tolist(),
         token_ranks=logprobs.token_ranks.tolist(),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from weft.engine.v1 import engine_pb2 as pb
+from weft_backend.errors import Refusal
 from weft_backend.frames import FrameBuilder, summarize
 from weft_backend.sequence import Request, Sampling, Sequence
 from weft_backend.step import FinishCode, SequenceOutput, TokenLogprobs
@@ -77,6 +78,14 @@ def test_scores_of_a_wrong_shape_raise_and_leave_the_frame_alone() -> None:
     bad = TokenLogprobs(None, None, None, None)  # type: ignore[arg-type]
     with pytest.raises(AttributeError):
         builder.add(SequenceOutput(make_sequence(4), [10], 0, logprobs=bad))
+    assert pb.SessionResponse.FromString(builder.serialize(1)).step == pb.StepFrame(step=1)
+
+
+def test_prompt_scores_that_are_no_numbers_fail_the_request() -> None:
+    builder, bad = FrameBuilder(), scores(3, 1)
+    bad.token_logprobs[1] = np.nan
+    with pytest.raises(Refusal, match="not finite"):
+        builder.add(SequenceOutput(make_sequence(4), [], 0, FinishCode.LENGTH, prompt_start=1, prompt_logprobs=bad))
     assert pb.SessionResponse.FromString(builder.serialize(1)).step == pb.StepFrame(step=1)
 
 
