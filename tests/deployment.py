@@ -36,11 +36,11 @@ def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None
 class Process:
     """A service that writes to a log; killed at the end of its ``with`` block."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, python: str = sys.executable) -> None:
         self.log = Path(tempfile.mkstemp(prefix="weft-test-", suffix=".log")[1])
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", *arguments], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                [python, "-m", *arguments], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
 
     @property
