@@ -1,7 +1,7 @@
 """Sessions: what each frontend is owed, and when it is given up.
 
 A session holds frames until its stream takes them. The engine never waits for a reader: a session whose frontend
-leaves too many step frames unacknowledged, or says nothing for too long, ends.
+leaves too many step frames unacknowledged or frames unread, or says nothing for too long, ends.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from google.rpc.code_pb2 import RESOURCE_EXHAUSTED
 from weft.engine.v1.engine_pb2 import Heartbeat, SessionResponse
 from weft_backend.errors import Refusal, broken_protocol, unavailable
 
+MAX_UNSENT_FRAMES = 1 << 16  # load reports and failures need no acknowledgement; a refused burst is far smaller
 Write = Callable[[bytes], Awaitable[None]]
 _HEARTBEAT = SessionResponse(heartbeat=Heartbeat()).SerializeToString()
 
@@ -39,7 +40,9 @@ class OpenSession:
         self._ended: asyncio.Future[Refusal | None] = asyncio.get_running_loop().create_future()
 
     def push(self, frame: bytes) -> None:
-        """Queue a frame."""
+        """Queue a frame; ends the session if its frontend has stopped reading."""
+        if len(self._frames) >= MAX_UNSENT_FRAMES:
+            self.end(Refusal(RESOURCE_EXHAUSTED, "NOT_READING", f"{MAX_UNSENT_FRAMES} frames could not be sent"))
         if not self._ended.done():
             self.last_write = time.monotonic()
             self._frames.append(frame)

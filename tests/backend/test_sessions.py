@@ -7,7 +7,7 @@ from google.rpc.code_pb2 import INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNAVAILABL
 
 from weft.engine.v1.engine_pb2 import SessionResponse
 from weft_backend.errors import Refusal, unavailable
-from weft_backend.sessions import OpenSession, Sessions
+from weft_backend.sessions import MAX_UNSENT_FRAMES, OpenSession, Sessions
 
 
 def make_sessions(ack_window: int = 3, heartbeat: float = 5, timeout: float = 20) -> Sessions:
@@ -74,6 +74,16 @@ async def test_unacknowledged_steps_beyond_the_window_end_the_session() -> None:
     with pytest.raises(Refusal) as refusal:
         await task
     assert refusal.value.code == RESOURCE_EXHAUSTED
+
+
+async def test_frames_that_nobody_reads_end_the_session() -> None:
+    session = make_sessions().open(stream=True)
+    for _ in range(MAX_UNSENT_FRAMES):
+        session.push(b"load")
+    session.push(b"one too many")
+    with pytest.raises(Refusal) as refusal:
+        await collect(session, [])
+    assert (refusal.value.code, refusal.value.reason) == (RESOURCE_EXHAUSTED, "NOT_READING")
 
 
 async def test_an_ack_must_be_possible() -> None:
