@@ -71,7 +71,7 @@ def test_chat_takes_openai_shapes(service: Any, target: str) -> None:
             add_generation_prompt=False,
         )
     request = service.requests[-1]
-    assert request.messages[0].content == "ab"
+    assert request.messages[0].content == "a\nb"
     assert request.messages[1].tool_calls[0].name == "add"
     assert request.messages[2].tool_call_id == "c1"
     assert (request.tools[0].name, request.tools[0].parameters) == ("add", '{"type": "object"}')
