@@ -252,13 +252,15 @@ def test_a_deadline_ends_a_request(io: IoSide) -> None:
 
 
 def test_a_full_queue_refuses_with_a_delay(io: IoSide) -> None:
-    slow = [testing.SLOW_TOKEN] * 100
-    for slot in range(12):  # 8 rows, then 400 tokens that may wait
-        io.submit(slot, token_request(slow, max_tokens=30))
-        time.sleep(0.005)
-    io.submit(12, token_request(slow * 2, max_tokens=30))
-    io.read_until_ended(13)
-    assert [(failure.slot, failure.code) for failure in io.failures()] == [(12, RESOURCE_EXHAUSTED)]
+    slow = token_request([testing.SLOW_TOKEN] * 48, max_tokens=20)  # 8 of them, 384 tokens, may wait, and 8 may run
+    for slot in range(8):
+        io.submit(slot, slow)
+    while not all(io.tokens(slot) for slot in range(8)):
+        io.read()
+    for slot in range(8, 17):
+        io.submit(slot, slow)
+    io.read_until_ended(17)
+    assert [(failure.slot, failure.code) for failure in io.failures()] == [(16, RESOURCE_EXHAUSTED)]
     assert 100 <= io.failures()[0].retry_after_ms <= 30_000
 
 
