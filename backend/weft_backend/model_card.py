@@ -6,8 +6,10 @@ import dataclasses
 import time
 
 from weft.engine.v1.model_pb2 import ModelCard, SamplingDefaults
-from weft.limits import default_limits
+from weft.engine.v1.sampling_pb2 import SamplingParams
+from weft.limits import InvalidField, check_sampling, default_limits
 from weft_backend.config import EngineConfig
+from weft_backend.errors import StartupError
 from weft_backend.model_config import ModelConfig
 
 
@@ -20,8 +22,16 @@ def make_card(
     model_hash: str,
     tokenizer_hash: str,
 ) -> ModelCard:
-    """The card of an engine that is ready now, with what was resolved when it was built."""
+    """The card of an engine that is ready now, with what was resolved when it was built.
+
+    Raises StartupError if requests would be refused for the model's own sampling defaults.
+    """
     limits = default_limits()
+    defaults = dataclasses.asdict(model.default_sampling)
+    try:
+        check_sampling(SamplingParams(**defaults), limits, model.vocab_size, field="generation_config.json")
+    except InvalidField as error:
+        raise StartupError(str(error)) from error
     if config.max_queued_tokens is not None:
         limits.max_queued_tokens = config.max_queued_tokens
     return ModelCard(
@@ -37,7 +47,7 @@ def make_card(
         model_hash=model_hash,
         tokenizer_hash=tokenizer_hash,
         limits=limits,
-        default_sampling=SamplingDefaults(**dataclasses.asdict(model.default_sampling)),
+        default_sampling=SamplingDefaults(**defaults),
         created=int(time.time()),
     )
 
