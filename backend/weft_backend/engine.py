@@ -183,8 +183,8 @@ class Engine:
                 failed[request] = error
         for session, frame in frames.items():
             self._channel.send(Kind.STEP, session, frame.serialize(self._load.num_steps))
-        for request, error in failed.items():
-            self._fail(request, _as_refusal(error))
+        for request, cause in failed.items():
+            self._fail(request, _as_refusal(cause))
 
     def _add(self, frame: FrameBuilder, output: SequenceOutput) -> None:
         frame.add(output)
