@@ -16,6 +16,7 @@ import click  # noqa: E402
 from weft_frontend.config import FrontendConfig, parse_served_model_names  # noqa: E402
 from weft_frontend.workers import run_worker, run_workers  # noqa: E402
 
+_PORT = click.IntRange(0, 65535)
 MAX_DEFAULT_WORKERS = 4  # one worker carries about 15,000 tokens/s; four outrun most backends
 
 
@@ -29,8 +30,8 @@ def _default_workers(grpc_listen: str | None) -> int:
 @click.option("--backend", "backends", multiple=True, required=True, metavar="TARGET",
               help="gRPC target of a backend: host:port, dns:///name:port or unix:/path. Repeatable.")  # fmt: skip
 @click.option("--host", default="0.0.0.0", help="Address to listen on.")
-@click.option("--port", default=8000, help="HTTP port; 0: no HTTP.")
-@click.option("--grpc-port", default=50051, help="gRPC port; 0: no gRPC.")
+@click.option("--port", default=8000, type=_PORT, help="HTTP port; 0: no HTTP.")
+@click.option("--grpc-port", default=50051, type=_PORT, help="gRPC port; 0: no gRPC.")
 @click.option(
     "--grpc-listen", metavar="ADDRESS", help="gRPC address instead of host and port: host:port or unix:/path."
 )

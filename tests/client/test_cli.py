@@ -143,9 +143,22 @@ async def test_bench_serve_takes_no_broken_stream_for_a_whole_one(end: bytes) ->
         ["bench", "engine", ".", "--batches", "8,x"],
         ["bench", "engine", ".", "--batches", "0"],
         ["run-batch", "-i", "-", "-o", "x", "--concurrency", "0"],
+        ["run-batch", "-i", "-", "-o", "x", "--base-url", "localhost:8000"],
+        ["bench", "serve", "--url", "localhost:8000"],
+        ["serve", "--port", "99999"],
+        ["serve", "--grpc-port", "-1"],
+        ["frontend", "--backend", "x", "--port", "99999"],
     ],
 )
-def test_counts_are_checked_before_anything_starts(arguments: list[str]) -> None:
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output
-    assert arguments[-2] in result.output
+def test_options_are_checked_before_anything_starts(arguments: list[str]) -> None:
+    command = [sys.executable, "-c", "from weft.cli import main; main()", *arguments]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=20)
+    assert result.returncode == 2, result.stderr
+    assert arguments[-2] in result.stderr
+
+
+def test_a_file_that_cannot_be_written_is_one_line(target: str, tmp_path: Any) -> None:
+    sizes = ["--streams", "1", "--requests", "1", "--max-tokens", "2"]
+    result = run("bench", "serve", "--target", target, *sizes, "--json", str(tmp_path / "none/x.json"))
+    assert result.exit_code == 1
+    assert "Error: [Errno 2] No such file or directory" in result.output

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import click
 
 from weft.aio import AsyncClient
-from weft.cli.options import COUNT
+from weft.cli.options import COUNT, check_url
 from weft.cli.processes import CpuMeter
 from weft.errors import WeftError
 from weft.sampling_params import SamplingParams
@@ -55,7 +55,7 @@ class Timing:
 
 @click.command()
 @click.option("--target", default=DEFAULT_TARGET, show_default=True, help="gRPC address of a frontend.")
-@click.option("--url", help="Base URL of a frontend: measure HTTP instead.")
+@click.option("--url", callback=check_url, help="Base URL of a frontend: measure HTTP instead.")
 @click.option("--api-key", envvar=API_KEY_VARIABLE, help="Key of the service, if it asks for one.")
 @click.option("--model", default="", help="A served name; by default the only one.")
 @click.option("--streams", type=COUNT, default=16, show_default=True, help="Requests under way at once.")

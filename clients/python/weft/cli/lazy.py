@@ -12,7 +12,7 @@ import click
 class LazyGroup(click.Group):
     """A click group over names; ``commands_by_name`` maps each to "module:attribute" and what it does.
 
-    The errors of services become one line and exit status 1.
+    The errors of services and of files become one line and exit status 1.
     """
 
     commands_by_name: ClassVar[Mapping[str, tuple[str, str]]] = {}
@@ -38,6 +38,6 @@ class LazyGroup(click.Group):
         except Exception as error:
             from weft.errors import StartError, WeftError  # imports grpc: 0.1 s that --help need not wait for
 
-            if isinstance(error, WeftError | StartError):
+            if isinstance(error, WeftError | StartError | OSError):
                 raise click.ClickException(str(error)) from error
             raise

@@ -14,9 +14,17 @@ from weft.transport import DEFAULT_TARGET
 Command = Callable[..., Any]
 
 COUNT = click.IntRange(min=1)
+PORT = click.IntRange(0, 65535)
 
 # For commands that hand what they do not know to ``weft backend``.
 FORWARDING: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+
+
+def check_url(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """Callback of an option: the base URL of a service, or nothing. Raises BadParameter."""
+    if value is not None and not value.startswith(("http://", "https://")):
+        raise click.BadParameter("must begin with http:// or https://")
+    return value
 
 
 def connection_options(command: Command) -> Command:

@@ -19,7 +19,7 @@ import click
 from tqdm import tqdm
 
 from weft.cli.local import local_service
-from weft.cli.options import COUNT, FORWARDING
+from weft.cli.options import COUNT, FORWARDING, check_url
 from weft.services import API_KEY_VARIABLE
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
@@ -126,7 +126,11 @@ def run_lines(runner: BatchRunner, lines: Iterable[str], concurrency: int) -> Ge
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Where answers go."
 )
-@click.option("--base-url", help="A running service, for example http://localhost:8000. Default: start a private one.")
+@click.option(
+    "--base-url",
+    callback=check_url,
+    help="A running service, for example http://localhost:8000. Default: start a private one.",
+)
 @click.option("--api-key", envvar=API_KEY_VARIABLE, help="Key of the running service, if it asks for one.")
 @click.option("--concurrency", type=COUNT, default=256, show_default=True, help="Requests under way at once.")
 @click.argument("arguments", metavar="[MODEL] [BACKEND OPTIONS]...", nargs=-1, type=click.UNPROCESSED)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from weft.cli.options import FORWARDING
+from weft.cli.options import FORWARDING, PORT
 from weft.services import API_KEY_VARIABLE, Stack, flags
 
 _POLL_SECONDS = 0.2
@@ -18,8 +18,8 @@ _GRACE_BEYOND_DRAIN = 10.0  # seconds a service gets to end after its drain
 @click.command(context_settings=FORWARDING)
 @click.argument("arguments", metavar="[MODEL] [BACKEND OPTIONS]...", nargs=-1, type=click.UNPROCESSED)
 @click.option("--host", default="0.0.0.0", show_default=True, help="Address to listen on.")
-@click.option("--port", default=8000, show_default=True, help="HTTP port; 0: no HTTP.")
-@click.option("--grpc-port", default=50051, show_default=True, help="gRPC port; 0: no gRPC.")
+@click.option("--port", type=PORT, default=8000, show_default=True, help="HTTP port; 0: no HTTP.")
+@click.option("--grpc-port", type=PORT, default=50051, show_default=True, help="gRPC port; 0: no gRPC.")
 @click.option("--workers", type=int, help="Frontend processes. Default: the frontend's.")
 @click.option("--chat-template", type=click.Path(exists=True), help="Jinja file to use instead of the model's.")
 @click.option("--trust-request-chat-template", is_flag=True, help="Render templates that requests bring.")
