@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from weft.sampling_params import SamplingParams
+from weft.text_limits import MAX_PROMPTS
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-MAX_PROMPTS = 1024  # the contract's cap on prompts of one request
 _COST_OF_PROMPT = 128  # tokens; what a prompt costs the services besides its own tokens
 _MAX_BATCH_COST = 1 << 17
 _MAX_COST_UNDER_WAY = 1 << 19  # well below Limits.max_queued_tokens, and enough for thousands of short prompts
