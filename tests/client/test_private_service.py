@@ -174,11 +174,30 @@ def test_serve_answers_and_drains(served: tuple[subprocess.Popen[str], int, int]
     assert process.wait(20) == 0
 
 
+def backend_of(process: subprocess.Popen[str]) -> int:
+    """Process id of the backend that ``weft serve`` started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return next(int(child) for child in children if b"weft_backend" in Path(f"/proc/{child}/cmdline").read_bytes())
+
+
+def test_a_second_signal_ends_serve_at_once(served: tuple[subprocess.Popen[str], int, int]) -> None:
+    process, _, port = served
+    with Client(f"127.0.0.1:{port}", max_retries=0) as client:
+        stream = client.stream_generate("Hello", SamplingParams(max_tokens=200, ignore_eos=True))
+        next(stream)
+        os.kill(backend_of(process), signal.SIGSTOP)  # the stream would go on until the drain timeout, 5 s
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        begin = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+        assert time.monotonic() - begin < 2
+        stream.close()
+
+
 def test_serve_dies_when_its_backend_does(served: tuple[subprocess.Popen[str], int, int]) -> None:
     process, *_ = served
-    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        if b"weft_backend" in Path(f"/proc/{child}/cmdline").read_bytes():
-            os.kill(int(child), signal.SIGKILL)
+    os.kill(backend_of(process), signal.SIGKILL)
     assert process.wait(20) == 1
 
 

@@ -72,8 +72,20 @@ def run(server: EchoServer, folder: Path, lines: list[str], *options: str) -> tu
     source.write_text("\n".join(lines) + "\n")
     arguments = ["run-batch", "-i", str(source), "-o", str(output), "--base-url", server.url, *options]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return [json.loads(line) for line in output.read_text().splitlines()], result.output
+    results = [json.loads(line) for line in output.read_text().splitlines()]
+    succeeded = any(result["response"] and result["response"]["status_code"] == 200 for result in results)
+    assert result.exit_code == (0 if succeeded else 1), result.output
+    return results, result.output
+
+
+def test_the_input_is_never_the_output(server: EchoServer, tmp_path: Path) -> None:
+    file = tmp_path / "batch.jsonl"
+    file.write_text(json.dumps(request(1)) + "\n")
+    arguments = ["run-batch", "-i", str(file), "-o", str(file), "--base-url", server.url]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 2
+    assert "emptied" in result.output
+    assert file.read_text() == json.dumps(request(1)) + "\n"
 
 
 def test_answers_are_in_the_order_of_the_requests(server: EchoServer, tmp_path: Path) -> None:

@@ -104,7 +104,10 @@ def from_rpc_error(error: Any) -> WeftError:
             field = violations[0].field if violations else ""
         elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
             retry_after = _unpack(detail, error_details_pb2.RetryInfo()).retry_delay.ToTimedelta().total_seconds()
-    return _CLASSES.get(code, WeftError)(error.details() or code.name, code, reason, field, retry_after)
+    message = error.details() or code.name
+    if field and field not in message:
+        message = f"{field}: {message}"
+    return _CLASSES.get(code, WeftError)(message, code, reason, field, retry_after)
 
 
 def _details(error: Any) -> list[Any]:

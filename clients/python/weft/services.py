@@ -79,6 +79,10 @@ class Service:
             written = "".join(self._tail).strip() or "(it wrote nothing)"
             raise StartError(f"the {self.name} ended with exit code {self._process.returncode}:\n{written}")
 
+    def kill(self) -> None:
+        """End it now; what it has started ends with it."""
+        self._process.kill()
+
     def stop(self, grace: float) -> None:
         """Ask it to drain and end; kill it after ``grace`` seconds."""
         self._process.terminate()
@@ -123,6 +127,11 @@ class Stack:
         """Raise StartError, with what it wrote last, if a service has ended."""
         self.backend.raise_if_ended()
         self.frontend.raise_if_ended()
+
+    def kill(self) -> None:
+        """End both now."""
+        self.frontend.kill()
+        self.backend.kill()
 
     def stop(self, grace: float = 10.0) -> None:
         """End the frontend, which drains, then the backend; each is killed after ``grace`` seconds."""

@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 import click
@@ -135,7 +135,7 @@ def run_lines(runner: BatchRunner, lines: Iterable[str], concurrency: int) -> Ge
 @click.option("--concurrency", type=COUNT, default=256, show_default=True, help="Requests under way at once.")
 @click.argument("arguments", metavar="[MODEL] [BACKEND OPTIONS]...", nargs=-1, type=click.UNPROCESSED)
 def run_batch(
-    source: Iterable[str],
+    source: IO[str],
     output: Path,
     base_url: str | None,
     api_key: str | None,
@@ -147,6 +147,8 @@ def run_batch(
     Without --base-url a private service of MODEL, by default the built-in one, is started; other options are those of
     the backend, as `weft backend --help` lists them.
     """
+    if output.exists() and output.samefile(source.name):
+        raise click.UsageError("-o is the input file: it would be emptied before it is read")
     if base_url and arguments:
         raise click.UsageError("MODEL and backend options have no effect with --base-url")
     num_done = num_failed = 0
@@ -157,6 +159,8 @@ def run_batch(
             sink.write(json.dumps(result, ensure_ascii=False) + "\n")
             num_failed += result["error"] is not None or result["response"]["status_code"] != 200
     click.echo(f"{num_done} requests, {num_failed} failed", err=True)
+    if num_failed == num_done > 0:
+        raise click.ClickException(f"every request failed; {output} says why")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -36,19 +37,21 @@ def serve(arguments: tuple[str, ...], **server: Any) -> None:
     """
     if not server["port"] and not server["grpc_port"]:
         raise click.UsageError("--port 0 and --grpc-port 0 leave nothing to serve on")
-    stop = _stop_signals()
+    stop = threading.Event()
+    _on_signals(stop.set)
     drain = server["drain_timeout"]
     stack = Stack([*flags({"drain_timeout": drain, "metrics_port": 0}), *arguments], flags(server))
     try:
         while not stop.wait(_POLL_SECONDS):
             stack.raise_if_ended()
     finally:
+        if stop.is_set():
+            click.echo("ending once running requests have; the same signal again ends now", err=True)
+        _on_signals(stack.kill)
         stack.stop(drain + _GRACE_BEYOND_DRAIN)
 
 
-def _stop_signals() -> threading.Event:
-    """Set by the first SIGINT or SIGTERM."""
-    stop = threading.Event()
+def _on_signals(act: Callable[[], None]) -> None:
+    """Let SIGINT and SIGTERM call ``act``."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    return stop
+        signal.signal(number, lambda *_: act())
