@@ -117,7 +117,7 @@ class Engine:
             self._open.add(request)
         except Exception as error:
             self._open.num_ended += 1
-            self._send_failure(session, submit.slot, _as_refusal(error))
+            self._send_failure(session, submit.slot, _as_refusal(error, submit.request.request_id))
 
     def _cancel(self, request: Request | None) -> None:
         if request is not None:
@@ -184,7 +184,7 @@ class Engine:
         for session, frame in frames.items():
             self._channel.send(Kind.STEP, session, frame.serialize(self._load.num_steps))
         for request, cause in failed.items():
-            self._fail(request, _as_refusal(cause))
+            self._fail(request, _as_refusal(cause, request.request_id))
 
     def _add(self, frame: FrameBuilder, output: SequenceOutput) -> None:
         frame.add(output)
@@ -194,8 +194,8 @@ class Engine:
             frame.add_finish(output, summary if self._open.end_choice(request) else None)
 
 
-def _as_refusal(error: Exception) -> Refusal:
+def _as_refusal(error: Exception, request_id: str) -> Refusal:
     if isinstance(error, Refusal):
         return error
-    _log.error("a request failed", exc_info=error)
+    _log.error("request %s failed", request_id, exc_info=error)
     return Refusal(INTERNAL, "INTERNAL", "internal error")

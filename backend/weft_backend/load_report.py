@@ -16,7 +16,7 @@ class LoadReporter:
     def __init__(self, scheduler: Scheduler) -> None:
         self.num_steps = 0
         self.step_seconds = 0.0
-        self.tokens_per_second = 0.0  # of the latest step that computed a prompt or a batch
+        self.tokens_per_second = 0.0  # of the latest step
         self._scheduler = scheduler
         self._last_step_time = 0.0
         self._last_report = LoadReport()

@@ -15,7 +15,7 @@ from weft_backend.sessions import Sessions
 
 _GAUGES = {
     "num_running": ("weft_sequences_running", "Sequences in the running batch"),
-    "num_waiting": ("weft_requests_waiting", "Requests that wait for their first step or for pages"),
+    "num_waiting": ("weft_sequences_waiting", "Sequences that wait for their first step or for pages"),
     "queued_uncached_tokens": ("weft_queued_tokens", "Prompt tokens neither computed nor cached"),
     "free_pages": ("weft_kv_pages_free", "Pages of the KV cache that can be given out"),
     "total_pages": ("weft_kv_pages", "Pages of the KV cache"),

@@ -57,7 +57,6 @@ class ModelConfig:
     max_model_len: int  # tokens of prompt and answer together
     norm_eps: float
     tie_word_embeddings: bool
-    bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     default_sampling: DefaultSampling
     rope: Rope | None = None
@@ -94,7 +93,6 @@ def load_model_config(path: Path, *, dtype: str = "auto", max_model_len: int | N
             "architecture": architecture,
             "dtype": _resolve_dtype(fields, dtype),
             "max_model_len": _resolve_max_model_len(common["max_model_len"], max_model_len),
-            "bos_token_id": next(iter(fields.ids("bos_token_id")), None),
             "eos_token_ids": eos_token_ids,
             "default_sampling": _default_sampling(generation),
         }

@@ -72,7 +72,6 @@ class EngineClient:
     ) -> None:
         self.target = target
         self.card: ModelCard | None = None
-        self.epoch = 0
         self.load: LoadReport | None = None
         self.ready = False
         self.was_ready = asyncio.Event()
@@ -180,7 +179,7 @@ class EngineClient:
             raise BackendRefused(
                 f"it speaks version {welcome.contract_version} of the contract, not {CONTRACT_VERSION}"
             )
-        self.card, self.epoch = welcome.model, welcome.epoch
+        self.card = welcome.model
         self._num_steps = 0
         self._ack_every = max(1, welcome.ack_window // 4)
         await self._on_welcome(self, welcome.model)

@@ -210,13 +210,16 @@ def test_logits_that_are_not_finite_fail_that_request_alone(io: IoSide) -> None:
     assert io.tokens(1) == expected_tokens([5], 5)
 
 
-def test_an_error_in_finishing_a_request_ends_it_alone(io: IoSide) -> None:
-    io.submit(0, token_request([testing.BAD_SCORES_TOKEN], logprobs=1))
+def test_an_error_in_finishing_a_request_ends_it_alone(io: IoSide, caplog: pytest.LogCaptureFixture) -> None:
+    bad = token_request([testing.BAD_SCORES_TOKEN], logprobs=1)
+    bad.request_id = "bad-one"
+    io.submit(0, bad)
     io.submit(1, token_request([5], max_tokens=5))
     io.read_until_ended(2)
     (failure,) = io.failures()
     assert (failure.slot, failure.code, failure.message) == (0, INTERNAL, "internal error")
     assert io.tokens(1) == expected_tokens([5], 5)
+    assert "request bad-one failed" in caplog.text
 
 
 def test_a_failure_follows_the_tokens_of_the_requests_other_choices(

@@ -68,7 +68,6 @@ def test_a_plain_llama(tmp_path: Path) -> None:
         max_model_len=2048,
         norm_eps=1e-5,
         tie_word_embeddings=False,
-        bos_token_id=1,
         eos_token_ids=(2,),
         default_sampling=DefaultSampling(),
         rope=Rope(10000.0),
