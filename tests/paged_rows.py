@@ -48,8 +48,9 @@ class Rows:
             seq_lens=torch.tensor([self.lens[row] for row, _ in work], dtype=torch.int32),
             rows=torch.tensor([row for row, _ in work], dtype=torch.int32),
             page_table=self.table,
-            num_decode_rows=sum(n == 1 for n in query_lens),
-            max_query_len=max(query_lens),
+            num_decode_rows=torch.tensor([query_lens.count(1)], dtype=torch.int32),
+            max_decode_rows=query_lens.count(1),
+            max_chunk_tokens=sum(n for n in query_lens if n > 1),
             max_seq_len=max(self.lens),
         )
         hidden = self.model(torch.tensor([i for _, ids in work for i in ids]), layout, self.cache)

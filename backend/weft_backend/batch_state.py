@@ -125,8 +125,9 @@ class BatchState:
         query_lens: Tensor,
         *,
         num_tokens: int,
-        num_decode_rows: int,
-        max_query_len: int,
+        num_decode_rows: Tensor,
+        max_decode_rows: int,
+        max_chunk_tokens: int,
         max_seq_len: int,
     ) -> tuple[Tensor, BatchLayout]:
         """Input ids (int64 ``[T]``) and layout of a step over ``B`` rows, all int32 ``[B]``; finished rows are masked.
@@ -148,7 +149,8 @@ class BatchState:
             rows=rows,
             page_table=self.page_table,
             num_decode_rows=num_decode_rows,
-            max_query_len=max_query_len,
+            max_decode_rows=max_decode_rows,
+            max_chunk_tokens=max_chunk_tokens,
             max_seq_len=max_seq_len,
         )
         return self.token_ids[token_rows, positions].long(), layout

@@ -217,8 +217,9 @@ class ModelRunner:
             batch.starts,
             batch.query_lens,
             num_tokens=plan.num_tokens,
-            num_decode_rows=plan.num_decode_rows,
-            max_query_len=int(plan.query_lens[plan.num_decode_rows :].max(initial=1)),
+            num_decode_rows=torch.full((1,), plan.num_decode_rows, dtype=torch.int32, device=self._device),
+            max_decode_rows=plan.num_decode_rows,
+            max_chunk_tokens=plan.num_tokens - plan.num_decode_rows,
             max_seq_len=int((plan.start_positions + plan.query_lens).max()),
         )
         return self._model(token_ids, layout, self._cache.pages)
@@ -231,8 +232,9 @@ class ModelRunner:
             starts,
             torch.ones_like(rows),
             num_tokens=num_rows,
-            num_decode_rows=num_rows,
-            max_query_len=1,
+            num_decode_rows=torch.full((1,), num_rows, dtype=torch.int32, device=self._device),
+            max_decode_rows=num_rows,
+            max_chunk_tokens=0,
             max_seq_len=self.max_model_len,
         )
         return self._model(token_ids, layout, self._cache.pages)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from weft_kernels.layout import BatchLayout
-from weft_kernels.ops import Ops
+from weft_kernels.ops import Activation, Norm, Ops
 
-__all__ = ["BatchLayout", "Ops", "ops_for"]
+__all__ = ["Activation", "BatchLayout", "Norm", "Ops", "ops_for"]
 
 
 def ops_for(device: torch.device) -> Ops:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class BatchLayout:
-    """``T`` tokens of ``B`` rows, decode rows (one token each) first, then prefill chunks.
+    """``T`` tokens of ``B`` rows, decode rows (one token each) first, then prefill chunks, then padding.
 
-    Each row's tokens are contiguous. A padded row has ``seq_lens`` 0; its tokens have ``slots`` -1. Kernels write
-    nothing for it and may return anything finite in its place.
+    Each row's tokens are contiguous. A padded row has ``seq_lens`` 0. A padded token, of such a row or after all rows,
+    has slot -1. Kernels write nothing for either and may return anything in its place. How many of the rows decode is
+    known on the device alone, so that one CUDA graph serves every mix; the host knows bounds, for grids.
     """
 
     positions: Tensor  # int64 [T] position of each token in its sequence
@@ -21,6 +22,7 @@ class BatchLayout:
     seq_lens: Tensor  # int32 [B] tokens of the sequence, those of this step included
     rows: Tensor  # int32 [B] row of the page table
     page_table: Tensor  # int32 [R, max_pages] pages of every row, the whole resident table
-    num_decode_rows: int  # rows 0 to num_decode_rows - 1 are decode rows
-    max_query_len: int  # of the prefill chunks; 1 if there is none
-    max_seq_len: int  # an upper bound, for choosing a grid
+    num_decode_rows: Tensor  # int32 [1]: rows 0 to num_decode_rows - 1 are decode rows, row b with token b
+    max_decode_rows: int  # a bound on it; 0: there are none
+    max_chunk_tokens: int  # a bound on the tokens of prefill chunks; 0: there are none
+    max_seq_len: int  # a bound on seq_lens

@@ -10,24 +10,48 @@ so every operation may be captured in a CUDA graph.
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from weft_kernels.layout import BatchLayout
 
+Activation = Literal["relu", "silu_and_mul"]
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMSNorm, ``x / sqrt(mean(x²) + eps) * weight``, if there is no bias, else LayerNorm; over the last dimension."""
+
+    weight: Tensor  # [H]
+    bias: Tensor | None  # [H]
+    eps: float
+
 
 class Ops(Protocol):
     """What models and sampler call; see ``reference`` for the math of each."""
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension: [T, H] -> [T, H]."""
+    def normalize(self, x: Tensor, norm: Norm) -> Tensor:
+        """The norm of x: [T, H] -> [T, H]."""
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """``residual' = x + residual`` and ``rms_norm(residual')``: returns (normed, residual'), each [T, H]."""
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        weight_scale: Tensor | None = None,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+        activation: Activation | None = None,
+    ) -> Tensor:
+        """``activation(norm(x) weightᵀ + bias)``: x [T, K], weight [N, K] -> [T, N].
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """``silu(gate) * up`` of gate ‖ up: [T, 2I] -> [T, I]."""
+        "silu_and_mul" makes ``silu(gate) * up`` of gate ‖ up, so N / 2 columns of N. With a ``residual`` [T, N] the
+        result is added to it in place, and the residual returned. A weight of float8_e4m3fn stands for
+        ``weight * weight_scale[:, None]``, float32 [N].
+        """
 
     def rope_and_write_kv(
         self,

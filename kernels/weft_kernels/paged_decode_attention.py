@@ -39,7 +39,10 @@ def _split_range(
 
 
 # Not specializing on what changes from step to step keeps a running service from compiling.
-@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["page_table", "rows", "seq_lens"])
+@triton.jit(
+    do_not_specialize=["num_splits"],
+    do_not_specialize_on_alignment=["page_table", "rows", "seq_lens", "num_decode_rows"],
+)
 def _decode_kernel(
     q: tl.tensor,
     k_cache: tl.tensor,
@@ -47,6 +50,7 @@ def _decode_kernel(
     page_table: tl.tensor,
     rows: tl.tensor,
     seq_lens: tl.tensor,
+    num_decode_rows: tl.tensor,
     alibi_slopes: tl.tensor | None,
     out: tl.tensor,  # [T, Hq, D], used if ONE_SPLIT
     split_out: tl.tensor | None,  # float32 [B, Hq, num_splits, D]
@@ -65,6 +69,8 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
 ) -> None:
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if row >= tl.load(num_decode_rows):
+        return
     seq_len = tl.load(seq_lens + row)
     first, split_keys, used_splits = _split_range(seq_len, num_splits, WINDOW, BLOCK_N)
     if split >= tl.maximum(used_splits, 1):
@@ -117,11 +123,12 @@ def _decode_kernel(
         tl.store(split_lse + part, maximum + tl.log2(total), mask=in_group)
 
 
-@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["seq_lens"])
+@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["seq_lens", "num_decode_rows"])
 def _reduce_kernel(
     split_out: tl.tensor,
     split_lse: tl.tensor,
     seq_lens: tl.tensor,
+    num_decode_rows: tl.tensor,
     out: tl.tensor,
     num_splits: int,
     NUM_HEADS: tl.constexpr,
@@ -132,6 +139,8 @@ def _reduce_kernel(
     BLOCK_D: tl.constexpr,
 ) -> None:
     row, head = tl.program_id(0), tl.program_id(1)
+    if row >= tl.load(num_decode_rows):
+        return
     _, _, used_splits = _split_range(tl.load(seq_lens + row), num_splits, WINDOW, BLOCK_N)
     split, column = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     used, in_head = split < used_splits, column < DIM
@@ -171,7 +180,7 @@ def paged_decode_attention(
     """
     _, num_heads, dim = q.shape
     _, num_kv_heads, page_size, _ = k_cache.shape
-    num_rows, group = layout.num_decode_rows, num_heads // num_kv_heads
+    num_rows, group = layout.max_decode_rows, num_heads // num_kv_heads
     assert num_heads % num_kv_heads == 0
     assert k_cache.shape == v_cache.shape
     assert k_cache.shape[3] == dim
@@ -193,6 +202,7 @@ def paged_decode_attention(
         layout.page_table,
         layout.rows,
         layout.seq_lens,
+        layout.num_decode_rows,
         alibi_slopes,
         out,
         split_out,
@@ -217,6 +227,7 @@ def paged_decode_attention(
             split_out,
             split_lse,
             layout.seq_lens,
+            layout.num_decode_rows,
             out,
             num_splits,
             NUM_HEADS=num_heads,

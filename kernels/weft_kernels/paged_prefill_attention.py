@@ -39,8 +39,8 @@ def _find_row(query_starts: tl.tensor, tile: tl.tensor, num_rows: tl.tensor, BLO
 
 
 @triton.jit(
-    do_not_specialize=["first_row", "num_rows"],
-    do_not_specialize_on_alignment=["page_table", "rows", "seq_lens", "query_starts"],
+    do_not_specialize=["num_rows"],
+    do_not_specialize_on_alignment=["page_table", "rows", "seq_lens", "query_starts", "num_decode_rows"],
 )
 def _prefill_kernel(
     q: tl.tensor,
@@ -50,11 +50,11 @@ def _prefill_kernel(
     rows: tl.tensor,
     seq_lens: tl.tensor,
     query_starts: tl.tensor,
+    num_decode_rows: tl.tensor,
     alibi_slopes: tl.tensor | None,
     out: tl.tensor,
     scale_log2: float,
-    first_row: int,  # of the chunks, num_rows of them
-    num_rows: int,
+    num_rows: int,  # decode rows included
     MAX_PAGES: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -66,6 +66,10 @@ def _prefill_kernel(
     BLOCK_D: tl.constexpr,
 ) -> None:
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    first_row = tl.load(num_decode_rows)
+    if first_row == num_rows:
+        return
+    num_rows -= first_row
     rows, seq_lens, query_starts = rows + first_row, seq_lens + first_row, query_starts + first_row
     kv_head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -161,14 +165,13 @@ def paged_prefill_attention(
     alibi_slopes: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Write the attention of the prefill chunks, tokens from num_decode_rows on, into ``out``; padded rows get zeros.
+    """Write the attention of the prefill chunks, tokens from num_decode_rows on, into ``out``; padded rows with tokens get zeros.
 
     q, out [T, Hq, D]; k_cache, v_cache [P, Hkv, page_size, D], page_size a power of two. See ``Ops.paged_attention``.
     """
-    num_tokens, num_heads, dim = q.shape
+    _, num_heads, dim = q.shape
     _, num_kv_heads, page_size, _ = k_cache.shape
-    first_row, group = layout.num_decode_rows, num_heads // num_kv_heads
-    num_rows = len(layout.seq_lens) - first_row
+    num_rows, group = len(layout.seq_lens), num_heads // num_kv_heads
     assert num_heads % num_kv_heads == 0
     assert k_cache.shape == v_cache.shape
     assert k_cache.shape[3] == dim
@@ -177,7 +180,7 @@ def paged_prefill_attention(
     assert all(t.is_contiguous() for t in (q, k_cache, v_cache, out, layout.page_table))
     block_d = max(16, triton.next_power_of_2(dim))  # a dot takes no less
     block_m, block_n, num_warps, num_stages = _tile_shape(block_d, q.element_size(), group)
-    num_tiles = (num_tokens - first_row) // (block_m // group) + num_rows
+    num_tiles = layout.max_chunk_tokens // (block_m // group) + num_rows
     _prefill_kernel[(num_kv_heads, num_tiles)](
         q,
         k_cache,
@@ -186,10 +189,10 @@ def paged_prefill_attention(
         layout.rows,
         layout.seq_lens,
         layout.query_starts,
+        layout.num_decode_rows,
         alibi_slopes,
         out,
         scale * LOG2_E.value,
-        first_row,
         num_rows,
         MAX_PAGES=layout.page_table.shape[1],
         NUM_KV_HEADS=num_kv_heads,

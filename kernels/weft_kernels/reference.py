@@ -8,6 +8,7 @@ from torch import Tensor
 
 from weft_kernels.layout import BatchLayout
 from weft_kernels.noise import gumbel
+from weft_kernels.ops import Activation, Norm
 
 GREEDY_BELOW = 1e-5
 NUM_CANDIDATES = 256  # 64 × 32k logits: topk(256) takes 10 ms, a full sort 157 ms; nearly every nucleus is smaller
@@ -17,14 +18,34 @@ def _widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def normalize(x: Tensor, norm: Norm) -> Tensor:
     wide = _widen(x)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+    if norm.bias is not None:
+        bias = norm.bias.to(wide.dtype)
+        return F.layer_norm(wide, x.shape[-1:], norm.weight.to(wide.dtype), bias, norm.eps).to(x.dtype)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps) * norm.weight).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    residual = x + residual
-    return rms_norm(residual, weight, eps), residual
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    weight_scale: Tensor | None = None,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    activation: Activation | None = None,
+) -> Tensor:
+    if norm is not None:
+        x = normalize(x, norm)
+    if weight_scale is not None:
+        weight = (weight.float() * weight_scale[:, None]).to(x.dtype)
+    y = F.linear(x, weight, bias)
+    if activation == "relu":
+        y = F.relu(y)
+    elif activation == "silu_and_mul":
+        y = silu_and_mul(y)
+    return y if residual is None else residual.add_(y)
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
@@ -56,9 +77,9 @@ def rope_and_write_kv(
     q, k, v = heads.tensor_split((num_heads, num_heads + num_kv_heads), dim=1)
     q, k = _widen(q), _widen(k)
     if q_norm_weight is not None:
-        q = rms_norm(q, q_norm_weight, eps)
+        q = normalize(q, Norm(q_norm_weight, None, eps))
     if k_norm_weight is not None:
-        k = rms_norm(k, k_norm_weight, eps)
+        k = normalize(k, Norm(k_norm_weight, None, eps))
     if cos_sin is not None:
         angles = cos_sin[layout.positions]
         q, k = _rotate(q, angles), _rotate(k, angles)
@@ -86,7 +107,7 @@ def paged_attention(
     alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     out = torch.zeros_like(q)
-    num_decode = layout.num_decode_rows
+    num_decode = int(layout.num_decode_rows)
     if num_decode:
         decoded = _decode(q[:num_decode], k_cache, v_cache, layout, scale, sliding_window, alibi_slopes)
         out[:num_decode] = decoded

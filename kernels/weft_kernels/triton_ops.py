@@ -8,22 +8,21 @@ import torch
 from torch import Tensor
 
 from weft_kernels.layout import BatchLayout
-from weft_kernels.norm import add_rms_norm, rms_norm
+from weft_kernels.linear import linear
+from weft_kernels.norm import normalize
 from weft_kernels.paged_decode_attention import choose_num_splits, paged_decode_attention
 from weft_kernels.paged_prefill_attention import paged_prefill_attention
 from weft_kernels.reference import copy_pages
 from weft_kernels.rope_and_write_kv import rope_and_write_kv
 from weft_kernels.sampling import sample
-from weft_kernels.silu_and_mul import silu_and_mul
 
 __all__ = [
-    "add_rms_norm",
     "copy_pages",
+    "linear",
+    "normalize",
     "paged_attention",
-    "rms_norm",
     "rope_and_write_kv",
     "sample",
-    "silu_and_mul",
 ]
 
 
@@ -44,10 +43,10 @@ def paged_attention(
     """Decode rows through one kernel, prefill chunks through the other: q [T, Hq, D] -> [T, Hq, D]. See ``Ops``."""
     out = torch.empty_like(q)
     inputs = (q, k_cache, v_cache, layout, scale, sliding_window, alibi_slopes)
-    if layout.num_decode_rows:
+    if layout.max_decode_rows:
         longest = min(layout.max_seq_len, sliding_window or layout.max_seq_len)
-        num_splits = choose_num_splits(layout.num_decode_rows, k_cache.shape[1], longest, _num_sms(q.device))
+        num_splits = choose_num_splits(layout.max_decode_rows, k_cache.shape[1], longest, _num_sms(q.device))
         paged_decode_attention(*inputs, out, num_splits)
-    if len(layout.seq_lens) > layout.num_decode_rows:
+    if layout.max_chunk_tokens:
         paged_prefill_attention(*inputs, out)
     return out

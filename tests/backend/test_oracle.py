@@ -13,20 +13,15 @@ import pytest
 import torch
 from checkpoints import VOCAB_SIZE, make_checkpoint
 from driving import drive, generated, make_request
+from model_engine import ModelEngine
 from reference_models import greedy, load_reference
 
 from weft_backend.batch_state import stream_seed
-from weft_backend.kv_cache import PageShape
-from weft_backend.model_config import load_model_config
-from weft_backend.model_runner import LaunchedStep, ModelRunner
+from weft_backend.model_config import ModelConfig, load_model_config
 from weft_backend.models import Model, load_model
-from weft_backend.scheduler import Scheduler
 from weft_backend.sequence import Request
-from weft_backend.step import StepPlan, StepResult
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-PAGE_SIZES = {"cpu": 8, "cuda": 16}  # the smallest that the device's kernels take
-MAX_MODEL_LEN = 128
 PROMPT_LENS = (5, 23, 37, 12)
 FAMILIES = [
     "llama",
@@ -47,8 +42,8 @@ class Family:
     """A tiny model, prompts, and the 64 ids that greedy decoding adds to each."""
 
     device: torch.device
+    config: ModelConfig
     model: Model
-    shape: PageShape
     prompts: list[list[int]]
     answers: list[list[int]]
 
@@ -69,63 +64,18 @@ def load_family(path: Path, device: torch.device) -> Family:
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist() for length in PROMPT_LENS]
     reference = load_reference(path)
-    page_size = PAGE_SIZES[device.type]
     return Family(
         device=device,
+        config=config,
         model=load_model(config, path, device=device),
-        shape=PageShape(config.num_layers, config.num_kv_heads, page_size, config.head_dim, torch.float32),
         prompts=prompts,
         answers=[greedy(reference, prompt, 64) for prompt in prompts],
     )
 
 
-class Engine:
-    """A scheduler and a runner of one size, in tokens, and counts of what their plans did.
-
-    On a GPU, decode steps are replayed as CUDA graphs where a step is launched ahead, and run eagerly where none is.
-    """
-
-    def __init__(
-        self,
-        family: Family,
-        depth: int,
-        cache_len: int = 512,
-        host_cache_len: int = 0,
-        max_num_batched_tokens: int = 64,
-        max_model_len: int = MAX_MODEL_LEN,
-    ) -> None:
-        self.depth = depth
-        self.num_prefill_steps = self.num_swapped_in = self.num_copied = 0
-        page_size = family.shape.page_size
-        self.runner = ModelRunner(
-            family.model,
-            page_shape=family.shape,
-            vocab_size=VOCAB_SIZE,
-            device=family.device,
-            max_model_len=max_model_len,
-            max_num_seqs=6,
-            max_num_batched_tokens=max_num_batched_tokens,
-            swap_space=host_cache_len // page_size * family.shape.num_bytes / (1 << 30),
-            enforce_eager=depth == 0,
-            num_pages=cache_len // page_size,
-        )
-        self.scheduler = Scheduler(
-            self.runner.num_pages, page_size, 6, max_num_batched_tokens, max_model_len, self.runner.num_host_pages
-        )
-
-    def launch(self, plan: StepPlan) -> LaunchedStep:
-        self.num_prefill_steps += plan.num_decode_rows < len(plan.rows)
-        self.num_swapped_in += len(plan.page_moves.swap_in)
-        self.num_copied += len(plan.page_moves.copy)
-        return self.runner.launch(plan)
-
-    def collect(self, launched: LaunchedStep) -> StepResult:
-        return self.runner.collect(launched)
-
-    def run(self, prompts: list[list[int]], **sampling: Any) -> list[Request]:
-        requests = [make_request(prompt, **sampling) for prompt in prompts]
-        drive(self.scheduler, self, requests, self.depth)
-        return requests
+def make_engine(family: Family, depth: int, **sizes: int) -> ModelEngine:
+    """On a GPU, steps are replayed as CUDA graphs where a step is launched ahead, and run eagerly where none is."""
+    return ModelEngine(family.model, family.config, family.device, depth=depth, enforce_eager=depth == 0, **sizes)
 
 
 def assert_answers(requests: list[Request], answers: list[list[int]], num_tokens: int) -> None:
@@ -137,26 +87,26 @@ depths = pytest.mark.parametrize("depth", [0, 1])
 
 @depths
 def test_alone(family: Family, depth: int) -> None:
-    engine = Engine(family, depth)
+    engine = make_engine(family, depth)
     for prompt, answer in zip(family.prompts[:2], family.answers[:2], strict=True):
         assert_answers(engine.run([prompt], max_tokens=64), [answer], 64)
 
 
 @depths
 def test_batched_with_others(family: Family, depth: int) -> None:
-    assert_answers(Engine(family, depth).run(family.prompts, max_tokens=32), family.answers, 32)
+    assert_answers(make_engine(family, depth).run(family.prompts, max_tokens=32), family.answers, 32)
 
 
 @depths
 def test_in_chunks(family: Family, depth: int) -> None:
-    engine = Engine(family, depth, max_num_batched_tokens=7)
+    engine = make_engine(family, depth, max_num_batched_tokens=7)
     assert_answers(engine.run(family.prompts, max_tokens=16), family.answers, 16)
     assert engine.num_prefill_steps >= sum(PROMPT_LENS) // 7
 
 
 @depths
 def test_with_prefix_hits(family: Family, depth: int) -> None:
-    engine = Engine(family, depth)
+    engine = make_engine(family, depth)
     engine.run(family.prompts[1:3], max_tokens=16)
     again = engine.run(family.prompts[1:3], max_tokens=24)
     assert_answers(again, family.answers[1:3], 24)
@@ -171,7 +121,7 @@ def test_with_prefix_hits(family: Family, depth: int) -> None:
 
 @depths
 def test_after_preemption(family: Family, depth: int) -> None:
-    engine = Engine(family, depth, cache_len=80, max_model_len=80)
+    engine = make_engine(family, depth, cache_len=80, max_model_len=80)
     requests = engine.run(family.prompts, max_tokens=40)
     assert_answers(requests, family.answers, 40)
     assert sum(request.num_preemptions for request in requests) > 0
@@ -179,7 +129,7 @@ def test_after_preemption(family: Family, depth: int) -> None:
 
 @depths
 def test_with_swapped_pages(family: Family, depth: int) -> None:
-    engine = Engine(family, depth, cache_len=80, host_cache_len=256, max_model_len=80)
+    engine = make_engine(family, depth, cache_len=80, host_cache_len=256, max_model_len=80)
     for _ in range(2):
         for prompt, answer in zip(family.prompts, family.answers, strict=True):
             assert_answers(engine.run([prompt], max_tokens=24), [answer], 24)
@@ -189,13 +139,13 @@ def test_with_swapped_pages(family: Family, depth: int) -> None:
 @depths
 def test_forks_are_requests_of_their_own(family: Family, depth: int) -> None:
     sampling: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "max_tokens": 16}
-    engine = Engine(family, depth)
+    engine = make_engine(family, depth)
     (forked,) = engine.run([family.prompts[1]], n=4, seed=5, **sampling)
     choices = [generated(forked, choice) for choice in range(4)]
     assert engine.num_copied > 0
     assert len({tuple(choice) for choice in choices}) == 4
     for choice in range(4):
-        (alone,) = Engine(family, 0).run([family.prompts[1]], seed=stream_seed(5, choice), **sampling)
+        (alone,) = make_engine(family, 0).run([family.prompts[1]], seed=stream_seed(5, choice), **sampling)
         assert generated(alone) == choices[choice]
 
 
@@ -209,8 +159,8 @@ def test_sampling_is_the_same_after_preemption_and_resumption(family: Family, de
         "frequency_penalty": 0.3,
         "repetition_penalty": 1.1,
     }
-    whole = Engine(family, 0).run(family.prompts, **sampling)
-    small = Engine(family, depth, cache_len=80, max_model_len=80)
+    whole = make_engine(family, 0).run(family.prompts, **sampling)
+    small = make_engine(family, depth, cache_len=80, max_model_len=80)
     preempted = small.run(family.prompts, **sampling)
     assert sum(request.num_preemptions for request in preempted) > 0
     assert [generated(request) for request in preempted] == [generated(request) for request in whole]

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 import triton
 
-from weft_kernels import BatchLayout, ops_for
+from weft_kernels import BatchLayout, Norm, ops_for
+from weft_kernels.silu_and_mul import silu_and_mul
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, VOCAB_SIZE = 32, 8, 128, 128_256
 DEVICE = torch.device("cuda")
@@ -30,8 +31,9 @@ def make_layout(num_rows: int, query_len: int, seq_len: int, page_size: int, max
         seq_lens=torch.full((num_rows,), seq_len, dtype=torch.int32, device=DEVICE),
         rows=torch.arange(num_rows, dtype=torch.int32, device=DEVICE),
         page_table=torch.randperm(num_rows * max_pages, device=DEVICE).to(torch.int32).view(num_rows, max_pages),
-        num_decode_rows=num_rows if query_len == 1 else 0,
-        max_query_len=query_len,
+        num_decode_rows=torch.tensor([num_rows if query_len == 1 else 0], dtype=torch.int32, device=DEVICE),
+        max_decode_rows=num_rows if query_len == 1 else 0,
+        max_chunk_tokens=0 if query_len == 1 else num_tokens,
         max_seq_len=max_seq_len,
     )
 
@@ -106,8 +108,8 @@ def memory_bound() -> None:
                 lambda: OPS.rope_and_write_kv(qkv, k_cache, v_cache, layout, cos_sin, 32, 8, 128),  # noqa: B023
                 2 * 6144,
             ),
-            "add_rms_norm": (lambda: OPS.add_rms_norm(x, x, x[0], 1e-5), 4 * 4096),  # noqa: B023
-            "silu_and_mul": (lambda: OPS.silu_and_mul(gate_up), 3 * 14336),  # noqa: B023
+            "normalize": (lambda: OPS.normalize(x, Norm(x[0], None, 1e-5)), 2 * 4096),  # noqa: B023
+            "silu_and_mul": (lambda: silu_and_mul(gate_up), 3 * 14336),  # noqa: B023
         }
         for name, (function, elements) in timed.items():
             us = median_us(function)

@@ -96,8 +96,9 @@ def make_paged_batch(
         seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
         rows=table_rows.to(torch.int32).to(device),
         page_table=page_table.to(device),
-        num_decode_rows=num_decode_rows,
-        max_query_len=max([*query_lens[num_decode_rows:], 1]),
+        num_decode_rows=torch.tensor([num_decode_rows], dtype=torch.int32, device=device),
+        max_decode_rows=num_decode_rows,
+        max_chunk_tokens=sum(query_lens[num_decode_rows:]),
         max_seq_len=max(max_seq_len, *seq_lens),
     )
     q = torch.randn(num_tokens, num_heads, head_dim, generator=generator).to(dtype).to(device)

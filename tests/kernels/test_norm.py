@@ -1,4 +1,4 @@
-"""RMSNorm kernels and twin against float64 math."""
+"""RMSNorm and LayerNorm, kernel and twin, against float64 math."""
 
 from __future__ import annotations
 
@@ -8,61 +8,52 @@ import pytest
 import torch
 from torch import Tensor
 
-from weft_kernels import reference, triton_ops
+from weft_kernels import Norm, reference, triton_ops
 
 ERROR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 OPS = {"twin": reference, "triton": triton_ops}
 SIZES: list[Any] = [(1, 8), (3, 100), (5, 1536)]
+BIASED = [False, True]
 
 
-def inputs(size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(size: tuple[int, int], dtype: torch.dtype, device: torch.device, biased: bool) -> tuple[Tensor, Norm]:
     num_tokens, hidden = size
     generator = torch.Generator().manual_seed(hidden)
-    x, residual = torch.randn(2, num_tokens, hidden, generator=generator).to(dtype).to(device)
-    return x.contiguous(), residual.contiguous() * 3, torch.rand(hidden, generator=generator).to(dtype).to(device) + 0.5
+    x = (torch.randn(num_tokens, hidden, generator=generator) + 0.3).to(dtype).to(device)
+    weight, bias = torch.rand(2, hidden, generator=generator).to(dtype).to(device)
+    return x, Norm(weight + 0.5, bias if biased else None, 1e-5)
 
 
-def dense(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def dense(x: Tensor, norm: Norm) -> Tensor:
     x = x.double()
-    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+    if norm.bias is not None:
+        x = x - x.mean(-1, keepdim=True)
+    normed = x / (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight.double()
+    return normed if norm.bias is None else normed + norm.bias.double()
 
 
 @pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("biased", BIASED)
 @pytest.mark.parametrize("dtype", ERROR, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_rms_norm(name: str, dtype: torch.dtype, size: Any, device: torch.device, error: Any) -> None:
-    x, _, weight = inputs(size, dtype, device)
-    actual = OPS[name].rms_norm(x, weight, 1e-5)
+def test_normalize(name: str, biased: bool, dtype: torch.dtype, size: Any, device: torch.device, error: Any) -> None:
+    x, norm = inputs(size, dtype, device, biased)
+    actual = OPS[name].normalize(x, norm)
     assert actual.dtype == dtype
-    assert error(actual, dense(x, weight, 1e-5)) < ERROR[dtype]
-    assert error(actual, dense(x, weight * 1.02, 1e-5)) > ERROR[dtype]
-    assert error(OPS[name].rms_norm(x * 1e-3, weight, 1e-5), dense(x * 1e-3, weight, 1e-6)) > 0.1
-
-
-@pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize("dtype", ERROR, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_add_rms_norm(name: str, dtype: torch.dtype, size: Any, device: torch.device, error: Any) -> None:
-    x, residual, weight = inputs(size, dtype, device)
-    before = residual.clone()
-    normed, new_residual = OPS[name].add_rms_norm(x, residual, weight, 1e-6)
-    assert error(new_residual, x + residual) < ERROR[dtype]  # the interpreter truncates to bfloat16
-    assert torch.equal(residual, before)
-    assert error(normed, dense(x + residual, weight, 1e-6)) < ERROR[dtype]
-    assert error(normed, dense(x - residual, weight, 1e-6)) > 0.1
+    assert error(actual, dense(x, norm)) < ERROR[dtype]
+    assert error(actual, dense(x, Norm(norm.weight * 1.02, norm.bias, 1e-5))) > ERROR[dtype]
+    assert error(OPS[name].normalize(x * 1e-3, norm), dense(x * 1e-3, Norm(norm.weight, norm.bias, 1e-6))) > 0.1
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("biased", BIASED)
 @pytest.mark.parametrize("hidden", [4096, 5120, 8192])
-def test_realistic_sizes(hidden: int, device: torch.device, error: Any) -> None:
-    x, residual, weight = inputs((513, hidden), torch.bfloat16, device)
-    normed, new_residual = triton_ops.add_rms_norm(x, residual, weight, 1e-5)
-    assert torch.equal(new_residual, x + residual)
-    assert error(normed, dense(new_residual, weight, 1e-5)) < ERROR[torch.bfloat16]
+def test_realistic_sizes(hidden: int, biased: bool, device: torch.device, error: Any) -> None:
+    x, norm = inputs((513, hidden), torch.bfloat16, device, biased)
+    assert error(triton_ops.normalize(x, norm), dense(x, norm)) < ERROR[torch.bfloat16]
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_no_tokens(name: str, device: torch.device) -> None:
-    x, residual, weight = inputs((0, 64), torch.float32, device)
-    assert OPS[name].rms_norm(x, weight, 1e-5).shape == (0, 64)
-    assert OPS[name].add_rms_norm(x, residual, weight, 1e-5)[0].shape == (0, 64)
+    x, norm = inputs((0, 64), torch.float32, device, False)
+    assert OPS[name].normalize(x, norm).shape == (0, 64)

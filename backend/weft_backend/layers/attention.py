@@ -39,17 +39,22 @@ class Attention(nn.Module):
         first_head = tp.rank * self._num_heads
         slopes = alibi_slopes(config.num_heads)[first_head : first_head + self._num_heads]
         self._alibi_slopes = slopes if config.alibi else None
-        self.qkv_proj = ColumnParallelLinear(config.hidden_size, _qkv_parts(config), bias=config.qkv_bias, tp=tp)
+        self.qkv_proj = ColumnParallelLinear(
+            config.hidden_size, _qkv_parts(config), bias=config.qkv_bias, tp=tp, ops=ops
+        )
         out_size = config.num_heads * config.head_dim
-        self.o_proj = RowParallelLinear(out_name, out_size, config.hidden_size, bias=config.o_bias, tp=tp)
+        self.o_proj = RowParallelLinear(out_name, out_size, config.hidden_size, bias=config.o_bias, tp=tp, ops=ops)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps, ops) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, ops) if config.qk_norm else None
 
-    def forward(self, x: Tensor, layout: BatchLayout, kv_cache: Tensor) -> Tensor:
-        """[T, H] -> [T, H]. This layer's ``kv_cache`` [2, P, Hkv, page, D] takes the tokens' keys and values."""
+    def forward(self, x: Tensor, norm: RMSNorm | None, layout: BatchLayout, kv_cache: Tensor) -> Tensor:
+        """x [T, H] with the attention of ``norm(x)`` added to it, in place.
+
+        This layer's ``kv_cache`` [2, P, Hkv, page, D] takes the tokens' keys and values.
+        """
         k_cache, v_cache = kv_cache[0], kv_cache[1]
         q = self._ops.rope_and_write_kv(
-            self.qkv_proj(x),
+            self.qkv_proj(x, norm),
             k_cache,
             v_cache,
             layout,
@@ -64,7 +69,7 @@ class Attention(nn.Module):
         attended = self._ops.paged_attention(
             q, k_cache, v_cache, layout, self._head_dim**-0.5, self._sliding_window, self._alibi_slopes
         )
-        out: Tensor = self.o_proj(attended.flatten(1))
+        out: Tensor = self.o_proj(attended.flatten(1), x)
         return out
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from weft_backend.layers.norm import RMSNorm
 from weft_backend.layers.parallel import TensorParallel
 from weft_backend.layers.parameter import Layer, Source, parameter
+from weft_kernels import Activation, Ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,21 +24,33 @@ class Part:
 
 
 class ColumnParallelLinear(Layer):
-    """``y = x Wᵀ + b``, several projections of one input fused into one matrix; each rank computes its share of each.
+    """``y = activation(norm(x) Wᵀ + b)``, several projections of one input fused into one matrix.
 
-    Maps [T, in_size] to [T, sum of the parts' rows / ranks], the parts side by side.
+    Each rank computes its share of each: [T, in_size] to [T, sum of the parts' rows / ranks], the parts side by side.
     """
 
-    def __init__(self, in_size: int, parts: Sequence[Part], *, bias: bool, tp: TensorParallel) -> None:
+    def __init__(
+        self,
+        in_size: int,
+        parts: Sequence[Part],
+        *,
+        bias: bool,
+        tp: TensorParallel,
+        ops: Ops,
+        activation: Activation | None = None,
+    ) -> None:
         super().__init__()
+        self._ops = ops
+        self._activation = activation
         self._parts = parts
         self._tp = tp
         num_rows = sum(tp.share(part.num_rows, part.name) for part in parts)
         self.weight = parameter(num_rows, in_size)
         self.bias = parameter(num_rows) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        before = None if norm is None else norm.norm
+        return self._ops.linear(x, self.weight, self.bias, norm=before, activation=self._activation)
 
     def sources(self, path: str) -> Iterator[Source]:
         parent = path.rpartition(".")[0]
@@ -53,20 +66,22 @@ class ColumnParallelLinear(Layer):
 
 
 class RowParallelLinear(Layer):
-    """``y = x Wᵀ + b`` of an input spread over the ranks, summed over them: [T, in_size / ranks] to [T, out_size]."""
+    """``residual += x Wᵀ + b`` of an input spread over the ranks, summed over them: [T, in_size / ranks] to
+    [T, out_size]."""
 
-    def __init__(self, name: str, in_size: int, out_size: int, *, bias: bool, tp: TensorParallel) -> None:
+    def __init__(self, name: str, in_size: int, out_size: int, *, bias: bool, tp: TensorParallel, ops: Ops) -> None:
         super().__init__()
+        self._ops = ops
         self._name = name
         self._tp = tp
         self.weight = parameter(out_size, tp.share(in_size, name))
         self.bias = parameter(out_size) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self._tp.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        y = self._tp.all_reduce(F.linear(x, self.weight))
-        return y if self.bias is None else y + self.bias
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The new residual; the old one's memory is used again."""
+        if self._tp.rank == 0:
+            return self._tp.all_reduce(self._ops.linear(x, self.weight, self.bias, residual=residual))
+        return self._tp.all_reduce(self._ops.linear(x, self.weight))
 
     def sources(self, path: str) -> Iterator[Source]:
         name = f"{path.rpartition('.')[0]}.{self._name}"

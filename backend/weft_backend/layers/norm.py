@@ -1,46 +1,43 @@
-"""Norms over the last dimension."""
+"""Norms over the last dimension. Linear layers take them along, to be fused with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from weft_backend.layers.parameter import Layer, Source, parameter, whole
-from weft_kernels import Ops
+from weft_kernels import Norm, Ops
 
 
 class RMSNorm(Layer):
-    """Root-mean-square norm (Zhang and Sennrich 2019), fused with the residual sum before it."""
+    """Root-mean-square norm (Zhang and Sennrich 2019)."""
+
+    bias: nn.Parameter | None
 
     def __init__(self, size: int, eps: float, ops: Ops) -> None:
         super().__init__()
-        self.eps = eps
+        self._eps = eps
         self._ops = ops
         self.weight = parameter(size)
+        self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The norm of ``x + residual`` and that sum, each [T, H]; None stands for a residual of zero."""
-        if residual is None:
-            return self._ops.rms_norm(x, self.weight, self.eps), x
-        return self._ops.add_rms_norm(x, residual, self.weight, self.eps)
-
-    def sources(self, path: str) -> Iterator[Source]:
-        return whole(path, self)
-
-
-class LayerNorm(Layer):
-    """Layer norm with a bias."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = parameter(size)
-        self.bias = parameter(size)
+    @property
+    def norm(self) -> Norm:
+        """As the kernels take it."""
+        return Norm(self.weight, self.bias, self._eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        """[T, H] -> [T, H]."""
+        return self._ops.normalize(x, self.norm)
 
     def sources(self, path: str) -> Iterator[Source]:
         return whole(path, self)
+
+
+class LayerNorm(RMSNorm):
+    """Layer norm with a bias (Ba et al. 2016)."""
+
+    def __init__(self, size: int, eps: float, ops: Ops) -> None:
+        super().__init__(size, eps, ops)
+        self.bias = parameter(size)

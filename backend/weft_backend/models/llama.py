@@ -20,23 +20,24 @@ from weft_kernels import BatchLayout, Ops
 
 
 class GatedMLP(nn.Module):
-    """``down(silu(gate(x)) * up(x))``, [T, H] -> [T, H]."""
+    """Adds ``down(silu(gate(y)) * up(y))`` with ``y = norm(x)`` to x [T, H], in place."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, ops: Ops) -> None:
         super().__init__()
-        self._ops = ops
         size, bias = config.intermediate_size, config.mlp_bias
         parts = [Part("gate_proj", size), Part("up_proj", size)]
-        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, parts, bias=bias, tp=tp)
-        self.down_proj = RowParallelLinear("down_proj", size, config.hidden_size, bias=bias, tp=tp)
+        self.gate_up_proj = ColumnParallelLinear(
+            config.hidden_size, parts, bias=bias, tp=tp, ops=ops, activation="silu_and_mul"
+        )
+        self.down_proj = RowParallelLinear("down_proj", size, config.hidden_size, bias=bias, tp=tp, ops=ops)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(self._ops.silu_and_mul(self.gate_up_proj(x)))
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        out: Tensor = self.down_proj(self.gate_up_proj(x, norm), x)
         return out
 
 
 class LlamaLayer(nn.Module):
-    """Attention and MLP, each after a norm. The residual travels beside ``x``, so that each norm can add the two."""
+    """Attention and MLP, each after a norm and added to its input."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, ops: Ops, cos_sin: Tensor | None) -> None:
         super().__init__()
@@ -45,13 +46,10 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, ops)
         self.mlp = GatedMLP(config, tp, ops)
 
-    def forward(
-        self, x: Tensor, residual: Tensor | None, layout: BatchLayout, kv_cache: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, layout, kv_cache)
-        x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+    def forward(self, x: Tensor, layout: BatchLayout, kv_cache: Tensor) -> Tensor:
+        x = self.self_attn(x, self.input_layernorm, layout, kv_cache)
+        out: Tensor = self.mlp(x, self.post_attention_layernorm)
+        return out
 
 
 class LlamaDecoder(Decoder):
@@ -68,8 +66,8 @@ class LlamaDecoder(Decoder):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, ops)
 
     def forward(self, token_ids: Tensor, layout: BatchLayout, kv_cache: Tensor) -> Tensor:
-        x, residual = self.embed_tokens(token_ids), None
+        x = self.embed_tokens(token_ids)
         for layer, layer_cache in zip(self.layers, kv_cache, strict=True):
-            x, residual = layer(x, residual, layout, layer_cache)
-        hidden: Tensor = self.norm(x, residual)[0]
+            x = layer(x, layout, layer_cache)
+        hidden: Tensor = self.norm(x)
         return hidden

@@ -3,7 +3,6 @@ embeddings, projected to the hidden size and back."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft_backend.layers import (
@@ -29,21 +28,18 @@ class OPTLayer(nn.Module):
         hidden_size, size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self._post_norm = config.post_norm
         self.self_attn = Attention(config, tp, ops, out_name="out_proj")
-        self.self_attn_layer_norm = LayerNorm(hidden_size, config.norm_eps)
-        self.fc1 = ColumnParallelLinear(hidden_size, [Part("fc1", size)], bias=bias, tp=tp)
-        self.fc2 = RowParallelLinear("fc2", size, hidden_size, bias=bias, tp=tp)
-        self.final_layer_norm = LayerNorm(hidden_size, config.norm_eps)
+        self.self_attn_layer_norm = LayerNorm(hidden_size, config.norm_eps, ops)
+        self.fc1 = ColumnParallelLinear(hidden_size, [Part("fc1", size)], bias=bias, tp=tp, ops=ops, activation="relu")
+        self.fc2 = RowParallelLinear("fc2", size, hidden_size, bias=bias, tp=tp, ops=ops)
+        self.final_layer_norm = LayerNorm(hidden_size, config.norm_eps, ops)
 
     def forward(self, x: Tensor, layout: BatchLayout, kv_cache: Tensor) -> Tensor:
         if self._post_norm:
-            x = self.self_attn_layer_norm(x + self.self_attn(x, layout, kv_cache))
-            x = self.final_layer_norm(x + self._mlp(x))
+            x = self.self_attn_layer_norm(self.self_attn(x, None, layout, kv_cache))
+            x = self.final_layer_norm(self.fc2(self.fc1(x), x))
             return x
-        x = x + self.self_attn(self.self_attn_layer_norm(x), layout, kv_cache)
-        return x + self._mlp(self.final_layer_norm(x))
-
-    def _mlp(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.relu(self.fc1(x)))
+        x = self.self_attn(x, self.self_attn_layer_norm, layout, kv_cache)
+        out: Tensor = self.fc2(self.fc1(x, self.final_layer_norm), x)
         return out
 
 
@@ -58,10 +54,10 @@ class OPTDecoder(Decoder):
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, embed_size, tp)
         self.embed_positions = LearnedPositions(config.num_positions, hidden_size)
         projected = embed_size != hidden_size
-        self.project_in = _replicated("project_in", embed_size, hidden_size) if projected else nn.Identity()
-        self.project_out = _replicated("project_out", hidden_size, embed_size) if projected else nn.Identity()
+        self.project_in = _replicated("project_in", embed_size, hidden_size, ops) if projected else nn.Identity()
+        self.project_out = _replicated("project_out", hidden_size, embed_size, ops) if projected else nn.Identity()
         self.layers = nn.ModuleList(OPTLayer(config, tp, ops) for _ in range(config.num_layers))
-        self.final_layer_norm = nn.Identity() if config.post_norm else LayerNorm(hidden_size, config.norm_eps)
+        self.final_layer_norm = nn.Identity() if config.post_norm else LayerNorm(hidden_size, config.norm_eps, ops)
 
     def forward(self, token_ids: Tensor, layout: BatchLayout, kv_cache: Tensor) -> Tensor:
         x = self.project_in(self.embed_tokens(token_ids)) + self.embed_positions(layout.positions)
@@ -71,5 +67,5 @@ class OPTDecoder(Decoder):
         return hidden
 
 
-def _replicated(name: str, in_size: int, out_size: int) -> ColumnParallelLinear:
-    return ColumnParallelLinear(in_size, [Part(name, out_size)], bias=False, tp=TensorParallel())
+def _replicated(name: str, in_size: int, out_size: int, ops: Ops) -> ColumnParallelLinear:
+    return ColumnParallelLinear(in_size, [Part(name, out_size)], bias=False, tp=TensorParallel(), ops=ops)
