@@ -142,6 +142,7 @@ async def test_bench_serve_takes_no_broken_stream_for_a_whole_one(end: bytes) ->
         ["bench", "frontend", "--streams", "0"],
         ["bench", "engine", ".", "--batches", "8,x"],
         ["bench", "engine", ".", "--batches", "0"],
+        ["bench", "engine", ".", "--parts", "decode,x"],
         ["run-batch", "-i", "-", "-o", "x", "--concurrency", "0"],
         ["run-batch", "-i", "-", "-o", "x", "--base-url", "localhost:8000"],
         ["bench", "serve", "--url", "localhost:8000"],

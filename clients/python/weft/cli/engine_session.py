@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grpc
 
+from weft.cli.engine_load import Request
 from weft.engine.v1 import engine_pb2 as pb
 from weft.engine.v1.engine_pb2_grpc import EngineServiceStub
-from weft.engine.v1.model_pb2 import ModelCard
+from weft.engine.v1.sampling_pb2 import SamplingParams
 from weft.errors import WeftError, from_rpc_error
 from weft.transport import CHANNEL_OPTIONS
 
@@ -34,27 +36,29 @@ class EngineSession:
         threading.Thread(target=self._show_life, name="weft-keepalive", daemon=True).start()
 
     @property
-    def card(self) -> ModelCard:
-        """What the backend serves."""
-        return self._welcome.model
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return self._welcome.model.vocab_size
 
-    def run(self, requests: Sequence[pb.TokenRequest]) -> int:
-        """Run requests of one sequence each at once; the number of tokens generated.
-
-        Raises WeftError if one fails, or gives another number of tokens than its ``sampling.max_tokens``.
+    def run(self, requests: Sequence[Request]) -> float:
+        """Seconds from the first submit to the last token. Raises WeftError if a request fails or gives another
+        number of tokens than its ``max_tokens``.
         """
-        for slot, request in enumerate(requests):
-            self._send(submit=pb.Submit(slot=slot, request=request))
-        left = {slot: request.sampling.max_tokens for slot, request in enumerate(requests)}
+        frames = [pb.SessionRequest(submit=_submit(slot, request)) for slot, request in enumerate(requests)]
+        left = [request.max_tokens for request in requests]
+        begin = time.perf_counter()
+        for frame in frames:
+            self._frames.put(frame)
         num_running = len(requests)
         while num_running:
             step = self._next_step()
             for slot, num_tokens in _rows(step):
                 left[slot] -= num_tokens
             num_running -= len(step.finishes)
-        if any(left.values()):
-            raise WeftError(f"{sum(map(bool, left.values()))} requests gave another number of tokens than asked for")
-        return sum(request.sampling.max_tokens for request in requests)
+        seconds = time.perf_counter() - begin
+        if any(left):
+            raise WeftError(f"{sum(map(bool, left))} requests gave another number of tokens than asked for")
+        return seconds
 
     def close(self) -> None:
         """End the session."""
@@ -93,3 +97,15 @@ class EngineSession:
 def _rows(step: pb.StepFrame) -> Iterator[tuple[int, int]]:
     """(slot, number of new tokens) of a frame's rows."""
     return zip(step.slots, step.num_tokens or [1] * len(step.slots), strict=True)
+
+
+def _submit(slot: int, request: Request) -> pb.Submit:
+    drawn = request.sampling
+    sampling = SamplingParams(
+        temperature=drawn.temperature,
+        top_p=drawn.top_p,
+        top_k=drawn.top_k,
+        max_tokens=request.max_tokens,
+        ignore_eos=True,
+    )
+    return pb.Submit(slot=slot, request=pb.TokenRequest(prompt_token_ids=request.prompt, sampling=sampling))
