@@ -54,8 +54,7 @@ class Rows:
             max_seq_len=max(self.lens),
         )
         hidden = self.model(torch.tensor([i for _, ids in work for i in ids]), layout, self.cache)
-        logits = self.model.logits(hidden)
-        assert logits.dtype == torch.float32
+        logits = self.model.logits(hidden).float()
         by_row = dict(zip([row for row, _ in work], torch.split(logits, query_lens), strict=True))
         return [by_row[row] for row in sorted(by_row)]
 

@@ -1,87 +1,117 @@
-"""CUDA graphs of decode steps: one launch from the host instead of one for each kernel.
+"""CUDA graphs of steps: one launch from the host instead of one for each kernel.
 
-A step is two graphs: *forward*, from rows and positions to hidden states, and *sample*, from hidden states to tokens
-written into the batch state. A batch in which some row needs more than plain sampling replays the first and samples
-eagerly. Splitting there costs one more launch a step, and saves capturing every bucket twice.
+A step is two graphs: *forward*, from the step's inputs to hidden states, and *sample*, from the hidden states of the
+rows that sample to tokens written into the row tables. A batch in which some row needs more than plain sampling replays
+the first and samples eagerly; and rows that sample are counted apart from rows and tokens that are computed.
 
-Graphs are captured for bucket sizes; a smaller batch is filled up with the padding row, which changes nothing.
+Forward graphs are captured for two kinds of shape. A decode step has one token a row. A mixed step has any number of
+decode rows and chunks: kernels learn on the device which tokens are whose. Both exist for bucket sizes, and what a step
+leaves over is padding, which changes nothing. Steps of more tokens run kernel by kernel: there the device is slower
+than the launches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Forward = Callable[[Tensor, Tensor], Tensor]  # rows and start positions, int32 [B], to hidden states [B, H]
-Sample = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden states, rows, start positions to int32 [2, B]
+from weft_backend.step import StepPlan
+
+MAX_MIXED_TOKENS = 2048
 
 
-def bucket_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes to capture: steps of 8 up to 64, 16 up to 256, then 32; the last is ``max_num_seqs``."""
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What a step's launches depend on: bounds, where the step itself is smaller."""
+
+    num_tokens: int
+    num_rows: int
+    max_decode_rows: int
+    max_chunk_tokens: int
+
+    @staticmethod
+    def of(plan: StepPlan) -> StepShape:
+        """The plan's own."""
+        num_tokens, num_rows = plan.num_tokens, len(plan.rows)
+        return StepShape(num_tokens, num_rows, plan.num_decode_rows, num_tokens - plan.num_decode_rows)
+
+
+Forward = Callable[[StepShape], Tensor]  # hidden states [T, H]; those to sample from, where Sample finds them
+Sample = Callable[[int], Tensor]  # of the first so many rows that sample: int32 [2, S]
+
+
+def decode_sizes(max_num_seqs: int) -> list[int]:
+    """Rows of decode graphs: steps of 8 up to 64, 16 up to 256, then 32; the last is ``max_num_seqs``."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 32)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
-@dataclass(frozen=True, slots=True)
-class _Bucket:
-    forward: torch.cuda.CUDAGraph
-    sample: torch.cuda.CUDAGraph
-    results: Tensor  # int32 [2, size]
+def mixed_sizes(max_num_batched_tokens: int) -> list[int]:
+    """Tokens of mixed graphs: steps of 64 up to 1,024, then 128; the last is ``MAX_MIXED_TOKENS``, if a step may be so
+    large."""
+    limit = min(MAX_MIXED_TOKENS, max_num_batched_tokens)
+    sizes = [16, 32, *range(64, 1024, 64), *range(1024, MAX_MIXED_TOKENS, 128)]
+    return [size for size in sizes if size < limit] + [limit]
 
 
-class DecodeGraphs:
-    """Captures decode steps on construction; the functions must neither wait for the device nor upload anything."""
+class StepGraphs:
+    """Captures steps on construction; the functions must neither wait for the device nor upload anything."""
 
-    def __init__(
-        self, forward: Forward, sample: Sample, max_num_seqs: int, padding_row: int, device: torch.device
-    ) -> None:
-        self._padding_row = padding_row
-        self._rows = torch.full((max_num_seqs,), padding_row, dtype=torch.int32, device=device)
-        self._starts = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
-        self._hidden = torch.empty_like(forward(self._rows, self._starts))
-        self._buckets: dict[int, _Bucket] = {}
+    def __init__(self, forward: Forward, sample: Sample, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self._decode_sizes = decode_sizes(max_num_seqs)
+        self._mixed_sizes = mixed_sizes(max_num_batched_tokens)
+        self._max_num_seqs = max_num_seqs
         pool = torch.cuda.graph_pool_handle()
-        for size in reversed(bucket_sizes(max_num_seqs)):  # the largest first: the others then fit into its memory
-            self._buckets[size] = self._capture(forward, sample, size, pool)
-        self._sizes = sorted(self._buckets)
+        shapes = [self._mixed_shape(size) for size in self._mixed_sizes]
+        shapes += [_decode_shape(size) for size in self._decode_sizes]
+        # The largest first: the others then fit into its memory.
+        self._forwards = {shape: _capture(partial(forward, shape), pool) for shape in reversed(shapes)}
+        self._samples = {size: _capture(partial(sample, size), pool) for size in reversed(self._decode_sizes)}
 
-    def forward(self, rows: Tensor, starts: Tensor) -> Tensor:
-        """Replay the forward pass of decode rows, int32 ``[B]``; returns hidden states ``[B, H]``."""
-        num_rows = rows.shape[0]
-        size = self._size(num_rows)
-        self._rows[:num_rows].copy_(rows)
-        self._rows[num_rows:size].fill_(self._padding_row)
-        self._starts[:num_rows].copy_(starts)
-        self._starts[num_rows:size].zero_()
-        self._buckets[size].forward.replay()
-        return self._hidden[:num_rows]
+    def forward(self, plan: StepPlan) -> Tensor | None:
+        """Replay the forward pass; returns hidden states of at least its tokens, or None if no graph is so large."""
+        num_tokens = plan.num_tokens
+        if num_tokens == plan.num_decode_rows:
+            shape = _decode_shape(_at_least(num_tokens, self._decode_sizes))
+        elif num_tokens <= self._mixed_sizes[-1]:
+            shape = self._mixed_shape(_at_least(num_tokens, self._mixed_sizes))
+        else:
+            return None
+        graph, hidden = self._forwards[shape]
+        graph.replay()
+        return hidden
 
-    def sample(self, num_rows: int) -> Tensor:
-        """Sample plainly for the rows of the last ``forward``; returns tokens and finish codes, int32 ``[2, B]``."""
-        bucket = self._buckets[self._size(num_rows)]
-        bucket.sample.replay()
-        return bucket.results[:, :num_rows]
+    def sample(self, num_samples: int) -> Tensor:
+        """Sample plainly for the rows of the last step; returns int32 ``[2, S]``, or more columns than that."""
+        graph, results = self._samples[_at_least(num_samples, self._decode_sizes)]
+        graph.replay()
+        return results
 
-    def _size(self, num_rows: int) -> int:
-        return next(size for size in self._sizes if size >= num_rows)
+    def _mixed_shape(self, num_tokens: int) -> StepShape:
+        return StepShape(num_tokens, self._max_num_seqs, min(self._max_num_seqs, num_tokens), num_tokens)
 
-    def _capture(self, forward: Forward, sample: Sample, size: int, pool: Any) -> _Bucket:
-        rows, starts, hidden = self._rows[:size], self._starts[:size], self._hidden[:size]
-        warm_up = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        warm_up.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(
-            warm_up
-        ):  # kernels are compiled, and libraries make their workspaces, outside of capture
-            hidden.copy_(forward(rows, starts))
-            sample(hidden, rows, starts)
-        torch.cuda.current_stream().wait_stream(warm_up)
-        forward_graph, sample_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward_graph, pool=pool):
-            hidden.copy_(forward(rows, starts))
-        with torch.cuda.graph(sample_graph, pool=pool):
-            results = sample(hidden, rows, starts)
-        return _Bucket(forward_graph, sample_graph, results)
+
+def _decode_shape(num_rows: int) -> StepShape:
+    return StepShape(num_rows, num_rows, num_rows, 0)
+
+
+def _at_least(number: int, sizes: list[int]) -> int:
+    return next(size for size in sizes if size >= number)
+
+
+def _capture(function: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of the function, and the tensor that holds its result after each replay."""
+    warm_up = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    warm_up.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up):  # kernels are compiled, and libraries make their workspaces, outside of capture
+        function()
+    torch.cuda.current_stream().wait_stream(warm_up)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = function()
+    return graph, result

@@ -111,6 +111,7 @@ class KVCache:
     def __init__(self, shape: PageShape, num_pages: int, num_host_pages: int, device: torch.device) -> None:
         self.num_pages = num_pages
         self.num_host_pages = num_host_pages
+        self.page_size = shape.page_size
         self._device = device
         page = (shape.num_kv_heads, shape.page_size, shape.head_dim)
         self.pages = _zeros((shape.num_layers, 2, num_pages, *page), shape.dtype, device)

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weft_backend.batch_state import BatchState
-from weft_backend.cuda_graphs import DecodeGraphs
+from weft_backend.cuda_graphs import StepGraphs, StepShape
 from weft_backend.kv_cache import KVCache, KVCachePlan, PageShape, num_host_pages, plan_for_cpu, plan_for_cuda
 from weft_backend.largest_step import largest_step
 from weft_backend.sampler import ROWS_AT_ONCE, LogprobTensors, RowExtras, adjust, score_parts
 from weft_backend.step import StepPlan, StepResult, TokenLogprobs
+from weft_backend.step_inputs import MAX_PAGE_UPDATES, Samples, StepInputs
 from weft_backend.upload import Uploader
 from weft_kernels import BatchLayout, ops_for
 
@@ -35,7 +36,7 @@ class Model(Protocol):
         """int64 ``[T]`` to hidden states ``[T, H]``."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``[S, H]`` to float32 ``[S, V]``."""
+        """``[S, H]`` to ``[S, V]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,34 +53,11 @@ class LaunchedStep:
     """A step under way."""
 
     plan: StepPlan
-    sampled: NDArray[np.intp]  # plan indices of the rows that sample
-    results: Tensor | None  # host int32 [2, S]: tokens and finish codes; None if no row samples
+    samples: Samples
+    results: Tensor | None  # host int32 [2, at least S]: tokens and finish codes; None if no row samples
     logprobs: _Scores | None  # a token for each index
     prompt_logprobs: list[_Scores]  # one index each
     done: torch.cuda.Event | None  # None: it is done
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """A plan on the device: ``B`` rows, ``S`` of which sample. The tensors are int32."""
-
-    rows: Tensor  # [B]
-    starts: Tensor  # [B]
-    query_lens: Tensor  # [B]
-    sampled: NDArray[np.intp]  # [S] plan indices
-    last_tokens: Tensor  # [S] which of the step's tokens is the row's last
-    sample_rows: Tensor  # [S]
-    sample_positions: Tensor  # [S] that the new tokens take in their sequences
-    history_len: int  # the largest of them
-    adjusted: Tensor  # [F] which of the S rows change their logits
-    biases: list[Tensor | None]  # F
-    scored: Tensor  # [G] which of the S rows report log-probabilities
-    scored_indices: list[int]  # G, plan indices
-    num_top: list[int]  # G
-
-    @property
-    def samples_plainly(self) -> bool:
-        return not self.biases and not self.num_top
 
 
 class ModelRunner:
@@ -118,7 +96,11 @@ class ModelRunner:
             max_stop_token_ids=MAX_STOP_TOKEN_IDS,
             device=device,
         )
-        self._graphs: DecodeGraphs | None = None
+        self._inputs = StepInputs(max_num_seqs, self._state.padding_row, device)
+        self._hidden = torch.empty(
+            0, device=device
+        )  # [max_num_seqs, H] of the rows that sample; sized by the first step
+        self._graphs: StepGraphs | None = None
         self._cache = KVCache(page_shape, 1, 0, device)  # for the profiling run
         if num_pages is not None:
             plan = KVCachePlan(page_shape, num_pages, num_host_pages(page_shape, swap_space), f"{num_pages} pages")
@@ -132,7 +114,8 @@ class ModelRunner:
         plan.check_room(self.max_model_len)
         self._cache = KVCache(page_shape, plan.num_pages, plan.num_host_pages, device)
         if device.type == "cuda" and not enforce_eager:
-            self._graphs = self._capture()
+            with torch.inference_mode():
+                self._graphs = StepGraphs(self._forward, self._sample, max_num_seqs, max_num_batched_tokens)
 
     @property
     def num_pages(self) -> int:
@@ -151,17 +134,12 @@ class ModelRunner:
         if plan.new_rows:
             self._state.start_rows(plan.new_rows, self._uploader)
             self._extras.start_rows(plan.new_rows, self._uploader)
-        batch = self._upload(plan)
-        graphs = self._graphs if plan.num_decode_rows == len(plan.rows) else None
-        hidden = graphs.forward(batch.rows, batch.starts) if graphs is not None else self._forward(plan, batch)
-        results: Tensor | None = None
-        logprobs: LogprobTensors | None = None
-        if graphs is not None and batch.samples_plainly:
-            results = graphs.sample(len(plan.rows))
-        elif len(batch.sampled):
-            last = hidden.index_select(0, batch.last_tokens)
-            results, logprobs = self._sample(last, batch.sample_rows, batch.sample_positions, batch)
-        return self._download(plan, batch, results, logprobs, self._score_prompts(plan, hidden))
+        samples = self._load(plan)
+        hidden = self._graphs.forward(plan) if self._graphs is not None else None
+        if hidden is None:
+            hidden = self._forward(StepShape.of(plan))
+        results, logprobs = self._sample_rows(samples) if len(samples.indices) else (None, None)
+        return self._download(plan, samples, results, logprobs, self._score_prompts(plan, hidden))
 
     def collect(self, launched: LaunchedStep) -> StepResult:
         """Wait for a step's results."""
@@ -171,7 +149,8 @@ class ModelRunner:
         token_ids = np.full(num_rows, -1, np.int32)
         finish_codes = np.zeros(num_rows, np.uint8)
         if launched.results is not None:
-            token_ids[launched.sampled], finish_codes[launched.sampled] = launched.results.numpy()
+            indices = launched.samples.indices
+            token_ids[indices], finish_codes[indices] = launched.results.numpy()[:, : len(indices)]
         logprobs: dict[int, TokenLogprobs] = {}
         if (scores := launched.logprobs) is not None:
             for place, (index, num_top) in enumerate(zip(scores.indices, scores.num_top, strict=True)):
@@ -182,82 +161,78 @@ class ModelRunner:
         }
         return StepResult(launched.plan.step, token_ids, finish_codes, logprobs, prompt_logprobs)
 
-    def _upload(self, plan: StepPlan) -> _Batch:
+    def _load(self, plan: StepPlan) -> Samples:
         """Bring the plan to the device, in one copy."""
-        sampled = np.flatnonzero(plan.samples)
-        rows = plan.rows[sampled]
-        positions = (plan.start_positions + plan.query_lens)[sampled]
-        last_tokens = np.cumsum(plan.query_lens, dtype=np.int32)[sampled] - 1
-        adjusted, scored = self._extras.adjusted(rows, positions), self._extras.scored(rows)
-        plan_columns = (plan.rows, plan.start_positions, plan.query_lens, plan.page_updates)
-        indices = (adjusted.astype(np.int32), scored.astype(np.int32))
-        on_device = self._uploader.upload(*plan_columns, last_tokens, rows, positions, *indices)
-        if len(plan.page_updates):
-            self._state.update_pages(on_device[3])
-        return _Batch(
-            rows=on_device[0],
-            starts=on_device[1],
-            query_lens=on_device[2],
-            sampled=sampled,
-            last_tokens=on_device[4],
-            sample_rows=on_device[5],
-            sample_positions=on_device[6],
-            history_len=int(positions.max(initial=0)),
-            adjusted=on_device[7],
-            biases=[self._extras.biases.get(row) for row in rows[adjusted].tolist()],
-            scored=on_device[8],
-            scored_indices=sampled[scored].tolist(),
-            num_top=self._extras.num_logprobs[rows[scored]].tolist(),
-        )
+        updates = plan.page_updates
+        if len(updates) > MAX_PAGE_UPDATES:
+            early, updates = updates[:-MAX_PAGE_UPDATES], updates[-MAX_PAGE_UPDATES:]
+            on_device, number = self._uploader.upload(early, np.array([len(early)], np.int32))
+            self._ops.update_pages(self._state.tables.page_table, on_device, number)
+        return self._inputs.load(plan, updates)
 
-    def _forward(self, plan: StepPlan, batch: _Batch) -> Tensor:
-        """Hidden states ``[T, H]`` of any step, kernel by kernel."""
-        token_ids, layout = self._state.layout(
-            batch.rows,
-            batch.starts,
-            batch.query_lens,
-            num_tokens=plan.num_tokens,
-            num_decode_rows=torch.full((1,), plan.num_decode_rows, dtype=torch.int32, device=self._device),
-            max_decode_rows=plan.num_decode_rows,
-            max_chunk_tokens=plan.num_tokens - plan.num_decode_rows,
-            max_seq_len=int((plan.start_positions + plan.query_lens).max()),
-        )
-        return self._model(token_ids, layout, self._cache.pages)
+    def _forward(self, shape: StepShape) -> Tensor:
+        """Hidden states ``[T, H]`` of the loaded step; those to sample from go to ``self._hidden``.
 
-    def _forward_decode(self, rows: Tensor, starts: Tensor) -> Tensor:
-        """Hidden states ``[B, H]`` of decode rows; nothing in it depends on host values, so it can be captured."""
-        num_rows = rows.shape[0]
-        token_ids, layout = self._state.layout(
-            rows,
-            starts,
-            torch.ones_like(rows),
-            num_tokens=num_rows,
-            num_decode_rows=torch.full((1,), num_rows, dtype=torch.int32, device=self._device),
-            max_decode_rows=num_rows,
-            max_chunk_tokens=0,
-            max_seq_len=self.max_model_len,
+        Depends on nothing else on the host, so it can be captured.
+        """
+        inputs, tables = self._inputs, self._state.tables
+        rows, starts = inputs.rows[: shape.num_rows], inputs.starts[: shape.num_rows]
+        query_starts = inputs.query_starts[: shape.num_rows + 1]
+        self._ops.update_pages(tables.page_table, inputs.page_updates, inputs.num_page_updates)
+        places = self._ops.lay_out(tables, rows, starts, query_starts, shape.num_tokens, self._cache.page_size)
+        token_ids, positions, slots, seq_lens = places
+        layout = BatchLayout(
+            positions=positions,
+            slots=slots,
+            query_starts=query_starts,
+            seq_lens=seq_lens,
+            rows=rows,
+            page_table=tables.page_table,
+            num_decode_rows=inputs.num_decode_rows,
+            max_decode_rows=shape.max_decode_rows,
+            max_chunk_tokens=shape.max_chunk_tokens,
+            max_seq_len=self._state.max_model_len,
         )
-        return self._model(token_ids, layout, self._cache.pages)
+        hidden = self._model(token_ids, layout, self._cache.pages)
+        if not len(self._hidden):
+            self._hidden = hidden.new_empty((self._max_num_seqs, hidden.shape[1]))
+        torch.index_select(hidden, 0, inputs.last_tokens[: shape.num_rows], out=self._hidden[: shape.num_rows])
+        return hidden
 
-    def _sample(
-        self, hidden: Tensor, rows: Tensor, positions: Tensor, batch: _Batch | None = None
+    def _sample(self, num_samples: int) -> Tensor:
+        """Sample plainly for the first rows that sample, and advance them; can be captured. Returns int32 [2, S]."""
+        rows, positions = self._inputs.sample_rows[:num_samples], self._inputs.sample_positions[:num_samples]
+        logits = self._model.logits(self._hidden[:num_samples])
+        tokens, usable = self._ops.sample(logits, rows, positions, self._state.tables.sampling)
+        return self._ops.advance(self._state.tables, rows, positions, tokens, usable)
+
+    def _sample_rows(self, samples: Samples) -> tuple[Tensor, LogprobTensors | None]:
+        """Sample, and score for those that ask; by a graph if every row samples plainly."""
+        adjusted = self._extras.adjusted(samples.rows, samples.positions)
+        scored = self._extras.scored(samples.rows)
+        num_samples = len(samples.rows)
+        if len(adjusted) or len(scored):
+            return self._sample_with_extras(samples, adjusted, scored)
+        return self._sample(num_samples) if self._graphs is None else self._graphs.sample(num_samples), None
+
+    def _sample_with_extras(
+        self, samples: Samples, adjusted: NDArray[np.intp], scored: NDArray[np.intp]
     ) -> tuple[Tensor, LogprobTensors | None]:
-        """Sample from hidden states ``[S, H]`` and advance their rows; plainly, so capturably, without ``batch``."""
-        logits = self._model.logits(hidden)
-        usable = torch.isfinite(logits.sum(-1))  # the sum meets every NaN and infinity in one pass
-        params = self._state.params(rows)
-        if batch is not None and batch.biases:
-            histories = self._state.token_ids[:, : batch.history_len]
-            adjust(logits, batch.adjusted, batch.biases, rows, positions, params, histories)
-            usable &= logits.amax(-1) > -torch.inf  # masks may leave nothing to choose
-        choice = (params.temperature, params.top_k, params.top_p, params.min_p, params.seeds, positions.long())
-        tokens = self._ops.sample(logits, *choice)
-        results = self._state.advance(rows, positions, params, tokens, usable)
-        if batch is None or not batch.num_top:
+        """``_sample`` with penalties, bias and masks for the ``adjusted`` of the rows, and scores of the ``scored``."""
+        num_samples, tables = len(samples.rows), self._state.tables
+        rows, positions = self._inputs.sample_rows[:num_samples], self._inputs.sample_positions[:num_samples]
+        logits = self._model.logits(self._hidden[:num_samples]).float()
+        indices, of_scored = self._uploader.upload(adjusted.astype(np.int32), scored.astype(np.int32))
+        biases = [self._extras.biases.get(row) for row in samples.rows[adjusted].tolist()]
+        adjust(logits, indices, biases, rows, positions, self._state, int(samples.positions.max()))
+        tokens, usable = self._ops.sample(logits, rows, positions, tables.sampling)
+        results = self._ops.advance(tables, rows, positions, tokens, usable)
+        if not len(scored):
             return results, None
-        parts = torch.split(batch.scored.long(), ROWS_AT_ONCE)
+        parts = torch.split(of_scored.long(), ROWS_AT_ONCE)
         of_rows = (logits[part] for part in parts)
-        return results, score_parts(of_rows, [tokens[part] for part in parts], max(batch.num_top))
+        num_top = int(self._extras.num_logprobs[samples.rows[scored]].max())
+        return results, score_parts(of_rows, [tokens[part] for part in parts], num_top)
 
     def _score_prompts(self, plan: StepPlan, hidden: Tensor) -> list[_Scores]:
         """Log-probabilities of the prompt tokens that follow those computed in this step, for the rows that ask."""
@@ -270,7 +245,7 @@ class ModelRunner:
             if num_top is None or num_tokens <= 0:
                 continue
             chunk = hidden[int(starts[index]) :][:num_tokens]
-            tokens = self._state.token_ids[int(plan.rows[index]), position + 1 :][:num_tokens]
+            tokens = self._state.tables.token_ids[int(plan.rows[index]), position + 1 :][:num_tokens]
             parts = (self._model.logits(part) for part in torch.split(chunk, PROMPT_TOKENS_AT_ONCE))
             tensors = score_parts(parts, torch.split(tokens, PROMPT_TOKENS_AT_ONCE), num_top)
             scores.append(_Scores([index], [num_top], tensors))
@@ -279,7 +254,7 @@ class ModelRunner:
     def _download(
         self,
         plan: StepPlan,
-        batch: _Batch,
+        samples: Samples,
         results: Tensor | None,
         logprobs: LogprobTensors | None,
         prompt_logprobs: list[_Scores],
@@ -287,9 +262,9 @@ class ModelRunner:
         """Start copying the results to the host (PyTorch caches the pinned memory) and mark the end of the copies."""
         launched = LaunchedStep(
             plan,
-            batch.sampled,
+            samples,
             None if results is None else results.to("cpu", non_blocking=True),
-            None if logprobs is None else _Scores(batch.scored_indices, batch.num_top, logprobs.download()),
+            None if logprobs is None else self._scores_of(samples, logprobs.download()),
             [_Scores(scores.indices, scores.num_top, scores.tensors.download()) for scores in prompt_logprobs],
             torch.cuda.Event() if self._device.type == "cuda" else None,  # type: ignore[no-untyped-call]
         )
@@ -297,10 +272,7 @@ class ModelRunner:
             launched.done.record()
         return launched
 
-    @torch.inference_mode()
-    def _capture(self) -> DecodeGraphs:
-        def sample(hidden: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
-            return self._sample(hidden, rows, starts + 1)[0]
-
-        padding_row = self._state.padding_row
-        return DecodeGraphs(self._forward_decode, sample, self._max_num_seqs, padding_row, self._device)
+    def _scores_of(self, samples: Samples, tensors: LogprobTensors) -> _Scores:
+        scored = self._extras.scored(samples.rows)
+        num_top = self._extras.num_logprobs[samples.rows[scored]].tolist()
+        return _Scores(samples.indices[scored].tolist(), num_top, tensors)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weft_backend.batch_state import RowParams
+from weft_backend.batch_state import Adjustments, BatchState
 from weft_backend.sequence import Sampling, Sequence
 from weft_backend.step import Int32Array, TokenLogprobs
 from weft_backend.upload import Uploader
@@ -75,18 +75,20 @@ def adjust(
     biases: Items[Tensor | None],
     rows: Tensor,
     positions: Tensor,
-    params: RowParams,
-    histories: Tensor,
+    state: BatchState,
+    history_len: int,
 ) -> None:
     """Apply penalties, bias and min_tokens, in place, to ``logits[indices]``.
 
     Args: float32 ``[S, V]`` logits; int ``[F]`` indices and the bias of each; int32 ``[S]`` rows, and positions of the
-    tokens to choose; int32 ``[R, L]`` token histories of all rows, ``L`` at least the largest position.
+    tokens to choose; ``history_len`` is at least the largest position.
     """
     for first in range(0, len(biases), ROWS_AT_ONCE):
         part = indices[first : first + ROWS_AT_ONCE].long()
-        chosen = params.take(part)
-        adjusted = penalize(logits[part], histories[rows[part].long()].long(), positions[part], chosen)
+        part_rows = rows[part].long()
+        chosen = state.adjustments(part_rows)
+        history = state.tables.token_ids[part_rows, :history_len].long()
+        adjusted = penalize(logits[part].float(), history, positions[part], chosen)
         for index, bias in enumerate(biases[first : first + ROWS_AT_ONCE]):
             if bias is not None:
                 adjusted[index] += bias
@@ -97,7 +99,7 @@ def adjust(
         logits[part] = adjusted
 
 
-def penalize(logits: Tensor, history: Tensor, positions: Tensor, params: RowParams) -> Tensor:
+def penalize(logits: Tensor, history: Tensor, positions: Tensor, given: Adjustments) -> Tensor:
     """Repetition penalty over prompt and output, then frequency and presence penalties over the output.
 
     Repetition (Keskar et al., 2019, section 4.1) divides positive and multiplies negative logits; the other two
@@ -106,13 +108,13 @@ def penalize(logits: Tensor, history: Tensor, positions: Tensor, params: RowPara
     """
     columns = torch.arange(history.shape[1], device=history.device)
     known = columns < positions[:, None]
-    generated = known & (columns >= params.prompt_len[:, None])
+    generated = known & (columns >= given.prompt_len[:, None])
     zeros = torch.zeros_like(logits)
     seen = zeros.scatter_add(1, history, known.float()) > 0
     counts = zeros.scatter_add(1, history, generated.float())
-    repetition = params.repetition_penalty[:, None]
+    repetition = given.repetition_penalty[:, None]
     repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
-    penalty = params.frequency_penalty[:, None] * counts + params.presence_penalty[:, None] * (counts > 0)
+    penalty = given.frequency_penalty[:, None] * counts + given.presence_penalty[:, None] * (counts > 0)
     return torch.where(seen, repeated, logits) - penalty
 
 
@@ -146,9 +148,9 @@ class LogprobTensors:
 def score(logits: Tensor, tokens: Tensor, num_top: int) -> LogprobTensors:
     """Log-probabilities under softmax(logits) of the tokens and of the ``num_top`` likeliest ids.
 
-    Args: float32 ``[N, V]``; int ``[N]``.
+    Args: ``[N, V]`` of any float type; int ``[N]``.
     """
-    logprobs = logits.log_softmax(-1)
+    logprobs = logits.float().log_softmax(-1)
     of_tokens = logprobs.gather(1, tokens.long()[:, None])
     ranks = (logprobs > of_tokens).sum(1, dtype=torch.int32) + 1
     top = logprobs.topk(num_top, dim=1)

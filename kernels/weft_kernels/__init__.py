@@ -6,8 +6,9 @@ import torch
 
 from weft_kernels.layout import BatchLayout
 from weft_kernels.ops import Activation, Norm, Ops
+from weft_kernels.tables import RowTables, SamplingTable
 
-__all__ = ["Activation", "BatchLayout", "Norm", "Ops", "ops_for"]
+__all__ = ["Activation", "BatchLayout", "Norm", "Ops", "RowTables", "SamplingTable", "ops_for"]
 
 
 def ops_for(device: torch.device) -> Ops:

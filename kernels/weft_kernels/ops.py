@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from weft_kernels.layout import BatchLayout
+from weft_kernels.tables import RowTables, SamplingTable
 
 Activation = Literal["relu", "silu_and_mul"]
 
@@ -91,23 +92,36 @@ class Ops(Protocol):
         slope * (key position - query position) to the scaled scores. Padded rows give zeros.
         """
 
-    def sample(
-        self,
-        logits: Tensor,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        min_p: Tensor,
-        seeds: Tensor,
-        positions: Tensor,
-    ) -> Tensor:
-        """Draw one token a row: logits float32 [S, V] -> ids int32 [S]. Parameters are [S]: top_k int32, seeds and
-        positions int64, the others float32.
+    def sample(self, logits: Tensor, rows: Tensor, positions: Tensor, table: SamplingTable) -> tuple[Tensor, Tensor]:
+        """Draw a token for each of ``S`` rows: logits [S, V] of any float type, int32 [S] rows and positions of the
+        tokens drawn -> ids int32 [S], and bool [S], whether the logits could be drawn from: False for a row with NaN
+        or +inf, or nothing but -inf, whose id is then any valid one.
 
         Temperature below 1e-5 takes the likeliest token (the lowest id of equals). Else logits / temperature are cut
         to the top_k largest (0: off), then to the fewest with top_p of their probability (1: off), then to those
         with at least min_p of the largest probability (0: off); tokens equal to the last one kept are kept. The draw
-        depends on a row's own values alone, so batches do not matter. A row with NaN gives an arbitrary valid id.
+        depends on a row's own values alone, so batches do not matter.
+        """
+
+    def lay_out(
+        self, tables: RowTables, rows: Tensor, starts: Tensor, query_starts: Tensor, num_tokens: int, page_size: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Where the tokens of a step lie: int32 [B] rows and positions of their first tokens, int32 [B + 1] where each
+        row's tokens begin -> (token ids, positions, slots), int64 [T], and seq_lens, int32 [B], as in ``BatchLayout``.
+
+        Rows without tokens stand at the end, and their tokens' places hold id 0 at position 0. Finished rows get
+        slots -1 and length 0. T = B means one token a row.
+        """
+
+    def update_pages(self, page_table: Tensor, updates: Tensor, num_updates: Tensor) -> None:
+        """Set page table entries to the first ``num_updates`` (int32 [1]) of int32 [U, 3] (row, column, page)."""
+
+    def advance(self, tables: RowTables, rows: Tensor, positions: Tensor, tokens: Tensor, usable: Tensor) -> Tensor:
+        """Write sampled tokens into the histories and mark the rows that end.
+
+        int32 [S] rows, positions that the tokens take, and tokens; bool [S] of ``sample``. Returns int32 [2, S]: the
+        tokens, and how each row stands (``tables``); -1 and RUNNING for a row that had ended before, whose tables stay
+        as they were.
         """
 
     def copy_pages(self, kv_cache: Tensor, from_to: Tensor) -> None:

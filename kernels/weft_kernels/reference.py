@@ -9,6 +9,7 @@ from torch import Tensor
 from weft_kernels.layout import BatchLayout
 from weft_kernels.noise import gumbel
 from weft_kernels.ops import Activation, Norm
+from weft_kernels.tables import LENGTH, NOT_FINITE, RUNNING, STOP, RowTables, SamplingTable
 
 GREEDY_BELOW = 1e-5
 NUM_CANDIDATES = 256  # 64 × 32k logits: topk(256) takes 10 ms, a full sort 157 ms; nearly every nucleus is smaller
@@ -190,24 +191,18 @@ def _prefill(
     return attended.permute(2, 0, 1, 3).reshape(q.shape).to(q.dtype)
 
 
-def sample(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-) -> Tensor:
-    token_ids = logits.argmax(-1).to(torch.int32)
+def sample(logits: Tensor, rows: Tensor, positions: Tensor, table: SamplingTable) -> tuple[Tensor, Tensor]:
+    wide, rows = _widen(logits), rows.long()
+    token_ids = wide.argmax(-1).to(torch.int32)
+    temperature = table.temperature[rows]
     drawn = (temperature >= GREEDY_BELOW).nonzero().squeeze(1)
     if len(drawn):
-        parameters = (top_k[drawn], top_p[drawn], min_p[drawn])
-        scaled = logits[drawn] * temperature[drawn].reciprocal().unsqueeze(1)
+        parameters = (column[rows[drawn]] for column in (table.top_k, table.top_p, table.min_p))
+        scaled = wide[drawn] * temperature[drawn].reciprocal().unsqueeze(1)
         kept = _truncate(scaled, *parameters)
-        scores = kept + gumbel(seeds[drawn], positions[drawn], logits.shape[1])
+        scores = kept + gumbel(table.seeds[rows[drawn]], positions[drawn].long(), logits.shape[1])
         token_ids[drawn] = scores.argmax(-1).to(torch.int32)
-    return token_ids
+    return token_ids, torch.isfinite(wide.amax(-1))
 
 
 def _truncate(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -246,3 +241,36 @@ def _floor(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
 
 def copy_pages(kv_cache: Tensor, from_to: Tensor) -> None:
     kv_cache[:, :, from_to[:, 1]] = kv_cache[:, :, from_to[:, 0]]
+
+
+def lay_out(
+    tables: RowTables, rows: Tensor, starts: Tensor, query_starts: Tensor, num_tokens: int, page_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, tokens = rows.long(), torch.arange(num_tokens, dtype=torch.int32, device=rows.device)
+    owners = torch.searchsorted(query_starts[1:], tokens, right=True)
+    exists = owners < len(rows)
+    owners = owners.clamp_(max=len(rows) - 1)
+    positions = (starts[owners] + tokens - query_starts[owners]).long().masked_fill_(~exists, 0)
+    owning = rows[owners]
+    slots = tables.page_table[owning, positions // page_size].long() * page_size + positions % page_size
+    slots.masked_fill_(~exists | tables.finished[owning], -1)
+    seq_lens = (starts + query_starts.diff()).masked_fill_(tables.finished[rows], 0)
+    return tables.token_ids[owning, positions].long().masked_fill_(~exists, 0), positions, slots, seq_lens
+
+
+def update_pages(page_table: Tensor, updates: Tensor, num_updates: Tensor) -> None:
+    rows, columns, pages = updates[: int(num_updates)].unbind(1)
+    page_table[rows.long(), columns.long()] = pages
+
+
+def advance(tables: RowTables, rows: Tensor, positions: Tensor, tokens: Tensor, usable: Tensor) -> Tensor:
+    rows = rows.long()
+    stopped = (tokens[:, None] == tables.stop_ids[rows]).any(1) & (positions >= tables.min_lens[rows])
+    codes = torch.where(positions + 1 >= tables.max_lens[rows], LENGTH, RUNNING)
+    codes = torch.where(stopped, STOP, codes)
+    codes = torch.where(usable, codes, NOT_FINITE)
+    ran = ~tables.finished[rows]
+    columns = torch.where(ran & usable, positions, tables.token_ids.shape[1] - 1)
+    tables.token_ids[rows, columns.long()] = tokens
+    tables.finished[rows] = ~ran | (codes != RUNNING)
+    return torch.stack([torch.where(ran, tokens, -1), torch.where(ran, codes, RUNNING)]).int()

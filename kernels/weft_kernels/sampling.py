@@ -25,6 +25,7 @@ from torch import Tensor
 
 from weft_kernels.noise import LARGEST_BELOW_ONE, SERIES_BELOW
 from weft_kernels.reference import GREEDY_BELOW
+from weft_kernels.tables import SamplingTable
 
 MAX_BLOCK = 8192  # H200, 256 × 128,256, top_p 0.95: 278 us with 8,192 and 16 warps, 371 with 4,096 and 8
 NUM_WARPS = 16
@@ -36,7 +37,7 @@ MAX_INT32 = tl.constexpr(2**31 - 1)
 def _load(logits: tl.tensor, start: tl.tensor, vocab_size: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
     """A block of logits, -inf past the end."""
     token = start + tl.arange(0, BLOCK)
-    return tl.load(logits + token, mask=token < vocab_size, other=float("-inf"))
+    return tl.load(logits + token, mask=token < vocab_size, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
@@ -171,15 +172,16 @@ def _draw(
     return _first_of_best(best, best_at)
 
 
-@triton.jit(do_not_specialize_on_alignment=["temperature", "top_k", "top_p", "min_p", "seeds", "positions", "out"])
+@triton.jit(do_not_specialize_on_alignment=["rows", "positions", "out"])
 def _sample_kernel(
-    logits: tl.tensor,  # float32 [S, V]
-    temperature: tl.tensor,
+    logits: tl.tensor,  # [S, V]
+    rows: tl.tensor,  # int32 [S]
+    positions: tl.tensor,  # int32 [S]
+    temperature: tl.tensor,  # [R], as are the next four
     top_k: tl.tensor,
     top_p: tl.tensor,
     min_p: tl.tensor,
     seeds: tl.tensor,
-    positions: tl.tensor,
     out: tl.tensor,  # int32 [S]
     vocab_size: int,
     GREEDY_BELOW: tl.constexpr,
@@ -187,15 +189,16 @@ def _sample_kernel(
     SERIES: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0)
-    logits += row.to(tl.int64) * vocab_size
+    sample = tl.program_id(0)
+    logits += sample.to(tl.int64) * vocab_size
+    row = tl.load(rows + sample)
     heat = tl.load(temperature + row)
     if heat < GREEDY_BELOW:
         token = _greedy(logits, vocab_size, BLOCK)
     else:
         k, p, least = tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row)
         inverse = tl.div_rn(1.0, heat)
-        key = _mix(_mix(tl.load(seeds + row).to(tl.uint64)) + tl.load(positions + row).to(tl.uint64))
+        key = _mix(_mix(tl.load(seeds + row).to(tl.uint64)) + tl.load(positions + sample).to(tl.uint64))
         limited, nucleus = (k > 0) & (k < vocab_size), p < 1.0
         maximum, mass = float("inf"), float("inf")
         floor = tl.full([], MIN_INT32, tl.int32)
@@ -209,35 +212,32 @@ def _sample_kernel(
         token = _draw(logits, vocab_size, floor, maximum, least, inverse, key, LARGEST, SERIES, BLOCK)
         undecided = limited | nucleus
         while undecided:
-            above = _order(tl.load(logits + token)) + 1
+            above = _order(tl.load(logits + token).to(tl.float32)) + 1
             count, weight = _weigh(logits, vocab_size, above, maximum, inverse, BLOCK)
             undecided = ((limited & (count >= k)) | (weight >= mass)) & (count > 0)
             if undecided:
                 token = _draw(logits, vocab_size, above, maximum, least, inverse, key, LARGEST, SERIES, BLOCK)
-                undecided = _order(tl.load(logits + token)) >= above  # false only if NaN hid all of them: no hang
-    tl.store(out + row, token)
+                undecided = (
+                    _order(tl.load(logits + token).to(tl.float32)) >= above
+                )  # false only if NaN hid all of them: no hang
+    tl.store(out + sample, token)
 
 
-def sample(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-) -> Tensor:
-    """One token a row: logits float32 [S, V], parameters [S] -> ids int32 [S]. See ``Ops.sample``."""
+def sample(logits: Tensor, rows: Tensor, positions: Tensor, table: SamplingTable) -> tuple[Tensor, Tensor]:
+    """One token a row of logits [S, V], and whether the logits could be drawn from. See ``Ops.sample``."""
     num_rows, vocab_size = logits.shape
-    parameters = (temperature, top_k, top_p, min_p, seeds, positions)
     assert logits.is_contiguous()
-    assert logits.dtype == torch.float32
-    assert all(parameter.shape == (num_rows,) and parameter.is_contiguous() for parameter in parameters)
     out = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
     if num_rows:
         _sample_kernel[(num_rows,)](
             logits,
-            *parameters,
+            rows,
+            positions,
+            table.temperature,
+            table.top_k,
+            table.top_p,
+            table.min_p,
+            table.seeds,
             out,
             vocab_size,
             GREEDY_BELOW=GREEDY_BELOW,
@@ -246,4 +246,4 @@ def sample(
             BLOCK=min(MAX_BLOCK, triton.next_power_of_2(vocab_size)),
             num_warps=NUM_WARPS,
         )
-    return out
+    return out, torch.isfinite(logits.amax(-1))

@@ -15,14 +15,18 @@ from weft_kernels.paged_prefill_attention import paged_prefill_attention
 from weft_kernels.reference import copy_pages
 from weft_kernels.rope_and_write_kv import rope_and_write_kv
 from weft_kernels.sampling import sample
+from weft_kernels.step_tables import advance, lay_out, update_pages
 
 __all__ = [
+    "advance",
     "copy_pages",
+    "lay_out",
     "linear",
     "normalize",
     "paged_attention",
     "rope_and_write_kv",
     "sample",
+    "update_pages",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Decode graphs: on the CPU with a stand-in that records operations and repeats them, on a GPU with the real thing.
+"""Graphs of steps: on the CPU with a stand-in that records operations and repeats them, on a GPU with the real thing.
 
 The stand-in is strict in the way graphs are: host code runs once, at capture, and reading a value back is refused.
 """
@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weft_backend import model_runner
-from weft_backend.cuda_graphs import DecodeGraphs, bucket_sizes
+from weft_backend.cuda_graphs import StepGraphs, decode_sizes, mixed_sizes
 from weft_backend.kv_cache import PageShape
 from weft_backend.model_runner import ModelRunner
 from weft_backend.scheduler import Scheduler
 from weft_backend.sequence import Request
-from weft_kernels import BatchLayout, ops_for
+from weft_kernels import BatchLayout, SamplingTable, reference
 
 VOCAB_SIZE = 97
 PAGE_SIZE = 4
@@ -64,9 +64,9 @@ class SumModel:
         cache = kv_cache[0, 0].view(-1)
         safe = torch.where(layout.slots < 0, cache.shape[0] - 1, layout.slots)
         cache[safe] = torch.where(layout.slots < 0, 0.0, token_ids.float())
-        rows = layout.rows
-        if len(rows) < len(token_ids):
-            rows = rows.repeat_interleave(layout.query_starts.diff().long(), output_size=len(token_ids))
+        tokens = torch.arange(len(token_ids), dtype=torch.int32, device=token_ids.device)
+        owners = torch.searchsorted(layout.query_starts[1:], tokens, right=True)
+        rows = layout.rows[owners.clamp(max=len(layout.rows) - 1)]
         first = cache[layout.page_table[rows.long(), 0].long() * PAGE_SIZE]
         return ((token_ids * 31 + layout.positions * 7 + first) % VOCAB_SIZE)[:, None].float()
 
@@ -81,8 +81,16 @@ def expected(prompt: list[int], num_tokens: int) -> list[int]:
     return token_ids[len(prompt) :]
 
 
-def plain_sample(logits: Tensor, *parameters: Tensor) -> Tensor:
-    return logits.argmax(-1).int()
+def plain_sample(logits: Tensor, rows: Tensor, positions: Tensor, table: SamplingTable) -> tuple[Tensor, Tensor]:
+    return logits.argmax(-1).int(), torch.isfinite(logits.amax(-1))
+
+
+def update_pages(page_table: Tensor, updates: Tensor, num_updates: Tensor) -> None:
+    """The twin without reading the number; the padding row's last page takes the rest."""
+    rows, columns, pages = updates.unbind(1)
+    unknown = torch.arange(len(updates)) >= num_updates
+    at = (rows * page_table.shape[1] + columns).masked_fill(unknown, page_table.numel() - 1)
+    page_table.view(-1)[at.long()] = pages
 
 
 def make_runner(**overrides: Any) -> ModelRunner:
@@ -100,7 +108,7 @@ def make_runner(**overrides: Any) -> ModelRunner:
 
 @pytest.fixture
 def graphed(monkeypatch: pytest.MonkeyPatch) -> ModelRunner:
-    """A runner on the CPU whose decode steps go through ``DecodeGraphs`` over recordings."""
+    """A runner on the CPU whose steps go through ``StepGraphs`` over recordings."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
@@ -108,10 +116,11 @@ def graphed(monkeypatch: pytest.MonkeyPatch) -> ModelRunner:
     monkeypatch.setattr(torch.cuda, "stream", lambda other: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
     monkeypatch.setattr(torch.cuda, "graph", record)
-    ops = SimpleNamespace(sample=plain_sample, copy_pages=ops_for(torch.device("cpu")).copy_pages)
+    ops = SimpleNamespace(**vars(reference) | {"sample": plain_sample, "update_pages": update_pages})
     monkeypatch.setattr(model_runner, "ops_for", lambda device: ops)
     runner = make_runner()
-    graphs = runner._graphs = runner._capture()
+    with torch.inference_mode():
+        graphs = runner._graphs = StepGraphs(runner._forward, runner._sample, 7, 64)
     sample = graphs.sample  # a GPU's results are copied to the host before the next replay; the CPU's need a copy
     monkeypatch.setattr(graphs, "sample", lambda num_rows: sample(num_rows).clone())
     return runner
@@ -142,11 +151,13 @@ def test_rows_that_ask_for_more_are_sampled_outside_of_the_graph(graphed: ModelR
     assert generated(stopped) == expected([4, 8], 3)
 
 
-def test_bucket_sizes_end_at_the_largest_batch() -> None:
-    assert bucket_sizes(1) == [1]
-    assert bucket_sizes(6) == [1, 2, 4, 6]
-    assert bucket_sizes(256)[-3:] == [224, 240, 256]
-    assert bucket_sizes(300)[-2:] == [288, 300]
+def test_bucket_sizes_end_at_the_largest_step() -> None:
+    assert decode_sizes(1) == [1]
+    assert decode_sizes(6) == [1, 2, 4, 6]
+    assert decode_sizes(256)[-3:] == [224, 240, 256]
+    assert decode_sizes(300)[-2:] == [288, 300]
+    assert mixed_sizes(20) == [16, 20]
+    assert mixed_sizes(8192)[-2:] == [1920, 2048]
 
 
 @pytest.mark.gpu
@@ -157,7 +168,7 @@ def test_on_a_gpu(enforce_eager: bool, num_pages: int | None) -> None:
     runner = make_runner(
         device=device, num_pages=num_pages, enforce_eager=enforce_eager, gpu_memory_utilization=0.1, swap_space=0.01
     )
-    assert isinstance(runner._graphs, DecodeGraphs) is not enforce_eager
+    assert isinstance(runner._graphs, StepGraphs) is not enforce_eager
     prompts = [[5 + index, 9, 2 * index] for index in range(5)]
     requests = [make_request(prompt, max_tokens=4 + index) for index, prompt in enumerate(prompts)]
     scored = make_request([4, 8], max_tokens=6, logprobs=2, presence_penalty=0.001, prompt_logprobs=1)

@@ -11,6 +11,7 @@ from driving import drive, generated, make_request
 from torch import Tensor
 
 from weft_backend.batch_state import stream_seed
+from weft_backend.cuda_graphs import StepShape
 from weft_backend.errors import StartupError
 from weft_backend.kv_cache import KVCache, PageShape, plan_for_cpu
 from weft_backend.largest_step import largest_step
@@ -135,19 +136,19 @@ def test_an_ended_row_is_masked_until_its_row_is_taken_again() -> None:
     assert going_on.token_ids.tolist() == [second, expected([1, 2, 3], 3)[-1]]
 
 
-def test_padding_rows_change_nothing() -> None:
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", [StepShape(3, 3, 3, 0), StepShape(5, 8, 5, 5)], ids=["decode", "mixed"])
+def test_padding_changes_nothing(shape: StepShape) -> None:
     runner = make_runner()
     sequence = start(make_request([5, 9, 2], max_tokens=9), row=0, pages=[4, 5])
     runner.launch(plan_of([(sequence, 0, 3)], new=True))
-    pages, token_ids = runner._cache.pages.clone(), runner._state.token_ids.clone()
-    padding = runner._state.padding_row
-    rows, starts = torch.tensor([0, padding, padding], dtype=torch.int32), torch.tensor([3, 0, 0], dtype=torch.int32)
-    hidden = runner._forward_decode(rows, starts)
-    results, _ = runner._sample(hidden, rows, starts + 1)
+    pages, token_ids = runner._cache.pages.clone(), runner._state.tables.token_ids.clone()
+    runner._load(plan_of([(sequence, 3, 1)], new=False))
+    runner._forward(shape)
     second = expected([5, 9, 2], 2)[1]
-    assert results.tolist() == [[second, -1, -1], [0, 0, 0]]
+    assert runner._sample(3).tolist() == [[second, -1, -1], [0, 0, 0]]
     assert (runner._cache.pages != pages).sum() == 1  # the key of the first token
-    changed = (runner._state.token_ids[:, :-1] != token_ids[:, :-1]).nonzero().tolist()
+    changed = (runner._state.tables.token_ids[:, :-1] != token_ids[:, :-1]).nonzero().tolist()
     assert changed == [[0, 4]]
 
 

@@ -11,7 +11,7 @@ import torch
 from driving import make_request
 from torch import Tensor
 
-from weft_backend.batch_state import BatchState, RowParams
+from weft_backend.batch_state import BatchState
 from weft_backend.sampler import RowExtras, adjust, score, score_parts
 from weft_backend.sequence import Sequence
 from weft_backend.upload import Uploader
@@ -38,16 +38,12 @@ class Rows:
         self.rows = torch.arange(len(samplings), dtype=torch.int32)
         self.positions = torch.full_like(self.rows, len(PROMPT) + num_generated)
 
-    @property
-    def params(self) -> RowParams:
-        return self.state.params(self.rows)
-
     def adjust(self, logits: Tensor) -> Tensor:
         adjusted = logits.clone()
         indices = self.extras.adjusted(self.rows.numpy(), self.positions.numpy())
         biases = [self.extras.biases.get(row) for row in indices.tolist()]
-        histories = self.state.token_ids[:, : int(self.positions.max())]
-        adjust(adjusted, torch.from_numpy(indices), biases, self.rows, self.positions, self.params, histories)
+        history_len = int(self.positions.max())
+        adjust(adjusted, torch.from_numpy(indices), biases, self.rows, self.positions, self.state, history_len)
         return adjusted
 
 
@@ -135,19 +131,22 @@ def test_params_are_those_of_the_rows() -> None:
         {"min_tokens": 3, "max_tokens": 6, "repetition_penalty": 1.5, "frequency_penalty": 0.5, "seed": 2**63 - 1},
         {"max_tokens": 1000},
     ]
-    rows = Rows(*samplings)
-    params = rows.state.params(torch.tensor([1, 0, 2], dtype=torch.int32))
-    assert params.temperature.tolist() == [0, 0.5, 0]
-    assert params.top_p.tolist() == [1, 0.25, 1]
-    assert params.min_p.tolist() == [0, 0.125, 0]
-    assert params.top_k.tolist() == [0, 3, 0]
-    assert params.seeds.tolist() == [2**63 - 1, -7, 0]
-    assert params.repetition_penalty.tolist() == [1.5, 1, 1]
-    assert params.frequency_penalty.tolist() == [0.5, 0, 0]
-    assert params.stop_ids.tolist() == [[-1] * 4, [4, 2, -1, -1], [-1] * 4]
-    assert params.prompt_len.tolist() == [4, 4, 4]
-    assert params.min_len.tolist() == [7, 4, 4]
-    assert params.max_len.tolist() == [10, 24, 32]  # max_model_len is 32
+    state = Rows(*samplings).state
+    sampling = state.tables.sampling
+    assert sampling.temperature[:3].tolist() == [0.5, 0, 0]
+    assert sampling.top_p[:3].tolist() == [0.25, 1, 1]
+    assert sampling.min_p[:3].tolist() == [0.125, 0, 0]
+    assert sampling.top_k[:3].tolist() == [3, 0, 0]
+    assert sampling.seeds[:3].tolist() == [-7, 2**63 - 1, 0]
+    assert state.tables.stop_ids[:3].tolist() == [[4, 2, -1, -1], [-1] * 4, [-1] * 4]
+    assert state.tables.min_lens[:3].tolist() == [4, 7, 4]
+    assert state.tables.max_lens[:3].tolist() == [24, 10, 32]  # max_model_len is 32
+    adjustments = state.adjustments(torch.tensor([1, 0, 2], dtype=torch.int32))
+    assert adjustments.repetition_penalty.tolist() == [1.5, 1, 1]
+    assert adjustments.frequency_penalty.tolist() == [0.5, 0, 0]
+    assert adjustments.stop_ids.tolist() == [[-1] * 4, [4, 2, -1, -1], [-1] * 4]
+    assert adjustments.prompt_len.tolist() == [4, 4, 4]
+    assert adjustments.min_len.tolist() == [7, 4, 4]
 
 
 def test_scores_rank_from_one_and_sum_to_one() -> None:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from weft_kernels import reference, triton_ops
+from weft_kernels import Ops, SamplingTable, reference, triton_ops
 
-SAMPLE = {"twin": reference.sample, "triton": triton_ops.sample}
+
+def sample(ops: Ops, logits: Tensor, positions: Tensor, **columns: Tensor) -> Tensor:
+    """Tokens of rows that stand in the table in reverse order."""
+    table = SamplingTable(**{name: column.flip(0) for name, column in columns.items()})
+    rows = torch.arange(len(logits) - 1, -1, -1, dtype=torch.int32, device=logits.device)
+    tokens, usable = ops.sample(logits, rows, positions, table)
+    assert torch.equal(usable, torch.isfinite(logits.float().amax(-1)))
+    return tokens
+
+
+SAMPLE = {name: functools.partial(sample, ops) for name, ops in (("twin", reference), ("triton", triton_ops))}
 
 
 def parameters(num_rows: int, device: torch.device, **values: Any) -> dict[str, Tensor]:
     """Every row alike, but where a list is given; positions count up."""
     given = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seeds=7, positions=list(range(num_rows))) | values
-    dtypes = dict(top_k=torch.int32, seeds=torch.int64, positions=torch.int64)
+    dtypes = dict(top_k=torch.int32, seeds=torch.int64, positions=torch.int32)
     return {
         name: torch.as_tensor(value, dtype=dtypes.get(name, torch.float32), device=device).expand(num_rows).contiguous()
         for name, value in given.items()
@@ -89,11 +100,11 @@ def test_the_kernel_draws_the_twins_tokens(rule: Any, coarse: bool, device: torc
     logits = (logits.bfloat16().float() if coarse else logits).to(device)
     temperature, top_k, top_p, min_p = rule
     given = parameters(12, device, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seeds=-(2**40))
-    drawn = triton_ops.sample(logits, **given)
-    assert torch.equal(drawn, reference.sample(logits, **given))
+    drawn = SAMPLE["triton"](logits, **given)
+    assert torch.equal(drawn, SAMPLE["twin"](logits, **given))
     if top_k != 1 and top_p > 0:
         given["seeds"] += 1
-        assert not torch.equal(drawn, reference.sample(logits, **given))
+        assert not torch.equal(drawn, SAMPLE["twin"](logits, **given))
 
 
 @pytest.mark.parametrize("name", SAMPLE)
@@ -174,7 +185,7 @@ def test_draws_follow_the_softmax(seed: int, device: torch.device) -> None:
 
 def test_neighbouring_positions_are_independent() -> None:
     """Chi-square over pairs of draws at successive positions: 63 degrees of freedom, 104 has p = 0.0009."""
-    drawn = reference.sample(torch.zeros(40_001, 8), **parameters(40_001, torch.device("cpu"))).long()
+    drawn = SAMPLE["twin"](torch.zeros(40_001, 8), **parameters(40_001, torch.device("cpu"))).long()
     pairs = torch.bincount(drawn[:-1:2] * 8 + drawn[1::2], minlength=64)
     assert chi_square(pairs, torch.full((64,), 1 / 64)) < 104
     same = torch.bincount(drawn * 9, minlength=64)
@@ -197,7 +208,7 @@ def test_realistic_sizes(rule: Any, vocab_size: int, device: torch.device) -> No
     logits = (torch.randn(64, vocab_size, device=device) * 3).bfloat16().float()
     temperature, top_k, top_p, min_p = rule
     given = parameters(64, device, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    same = triton_ops.sample(logits, **given) == reference.sample(logits, **given)
+    same = SAMPLE["triton"](logits, **given) == SAMPLE["twin"](logits, **given)
     assert same.float().mean() > 0.95  # sums in another order may move a nucleus by one token
 
 

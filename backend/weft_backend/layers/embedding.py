@@ -35,8 +35,8 @@ class VocabParallelEmbedding(Layer):
         return self._tp.all_reduce(embedded.masked_fill_(elsewhere[:, None], 0.0))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores, float32 [S, V], of every token for hidden states [S, H]."""
-        return self._tp.all_gather(F.linear(hidden, self.weight))[:, : self._vocab_size].float()
+        """Scores [S, V] of every token for hidden states [S, H]."""
+        return self._tp.all_gather(F.linear(hidden, self.weight))[:, : self._vocab_size].contiguous()
 
     def normalize(self) -> None:
         """Scale every token's row to length 1."""

@@ -48,7 +48,7 @@ class Model(nn.Module):
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 scores [S, V] of every token, after hidden states [S, H]."""
+        """Scores [S, V] of every token, after hidden states [S, H]."""
         return self.lm_head.logits(hidden)
 
     def sources(self) -> Iterator[Source]:
