@@ -235,14 +235,18 @@ class ModelRunner:
         return results, score_parts(of_rows, [tokens[part] for part in parts], num_top)
 
     def _score_prompts(self, plan: StepPlan, hidden: Tensor) -> list[_Scores]:
-        """Log-probabilities of the prompt tokens that follow those computed in this step, for the rows that ask."""
+        """Log-probabilities of the prompt tokens that follow those computed in this step, for the rows that ask.
+
+        A prompt is scored once, by its first choice: another that could not fork from it computes the prompt again.
+        """
         scores = []
         starts = np.cumsum(plan.query_lens) - plan.query_lens
         for index in range(plan.num_decode_rows, len(plan.rows)):
-            request = plan.sequences[index].request
+            sequence = plan.sequences[index]
+            request = sequence.request
             position, num_top = int(plan.start_positions[index]), request.sampling.prompt_logprobs
             num_tokens = min(int(plan.query_lens[index]), request.num_prompt_tokens - 1 - position)
-            if num_top is None or num_tokens <= 0:
+            if num_top is None or num_tokens <= 0 or sequence.choice > 0:
                 continue
             chunk = hidden[int(starts[index]) :][:num_tokens]
             tokens = self._state.tables.token_ids[int(plan.rows[index]), position + 1 :][:num_tokens]
