@@ -1,0 +1,93 @@
+"""The comparison on a tiny model, with a vLLM that only pretends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from benchmarks.compare_engines import medians, table
+from benchmarks.vllm_engine import keywords
+from checkpoints import make_checkpoint
+
+ROOT = Path(__file__).parents[2]
+PRETENDED = """
+__version__ = "0"
+
+class SamplingParams:
+    def __init__(self, **values):
+        self.__dict__ |= values
+
+class Output:
+    def __init__(self, token_ids):
+        self.token_ids = token_ids
+        self.outputs = [self]
+
+class LLM:
+    def __init__(self, model, **settings):
+        assert settings["block_size"] == 16 and not settings["enable_prefix_caching"], settings
+
+    def generate(self, prompts, sampling, use_tqdm):
+        return [Output(range(one.max_tokens)) for one, _ in zip(sampling, prompts, strict=True)]
+"""
+
+
+def test_both_engines_run_and_stand_side_by_side(tmp_path: Path) -> None:
+    shape, vllm, report_file = tmp_path / "tiny", tmp_path / "site", tmp_path / "report.json"
+    make_checkpoint("llama", shape)
+    vllm.mkdir()
+    (vllm / "vllm.py").write_text(PRETENDED)
+    config = json.loads((shape / "config.json").read_text()) | {"max_position_embeddings": 2048}
+    (shape / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "benchmarks.compare_engines", str(shape), "--vllm", str(vllm), "--repeats", "2"]
+    command += ["--json", str(report_file), "--batches", "1", "--parts", "decode", "--block-size", "16"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    report = json.loads(report_file.read_text())
+    assert report["weft"]["engine"].startswith("weft")
+    assert report["vllm"]["engine"] == "vllm 0"
+    for engine in ("weft", "vllm"):
+        assert {"start_s", "decode_ms_b1_ctx1k", "prefill_ms_b1_1k"} <= set(report[engine])
+    assert 0 < report["floor"]["decode_ms_b1_ctx1k"] < report["weft"]["decode_ms_b1_ctx1k"]
+    assert [line.split()[0] for line in output.splitlines()[-3:]] == [
+        "start_s",
+        "decode_ms_b1_ctx1k",
+        "prefill_ms_b1_1k",
+    ]
+
+
+def test_ratios_say_how_fast_weft_is() -> None:
+    report = {
+        "shape": "x",
+        "date": "2026-01-01",
+        "weft": {"engine": "weft 1", "decode_ms_b1_ctx1k": 4.0, "mixed256_out_tok_s": 300.0, "start_s": 5.0},
+        "vllm": {"engine": "vllm 1", "decode_ms_b1_ctx1k": 5.0, "mixed256_out_tok_s": 200.0},
+        "floor": {"engine": None, "start_s": None, "decode_ms_b1_ctx1k": 3.0, "mixed256_out_tok_s": 400.0},
+    }
+    lines = [line.split() for line in table(report)]
+    assert lines[0] == ["x:", "weft", "1,", "vllm", "1,", "2026-01-01"]
+    assert lines[2:] == [
+        ["start_s", "5.00", "-", "-", "-", "-"],
+        ["decode_ms_b1_ctx1k", "4.00", "5.00", "3.00", "1.25", "75%"],
+        ["mixed256_out_tok_s", "300.00", "200.00", "400.00", "1.50", "75%"],
+    ]
+
+
+def test_medians_of_turns_that_may_have_failed() -> None:
+    turns = [{"engine": "a", "x": 1.0, "y": 5.0}, {}, {"engine": "a", "x": 2.0}, {"engine": "a", "x": 9.0}]
+    assert medians(turns) == {"engine": "a", "x": 2.0, "y": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", {}),
+        ("--enforce-eager --tensor-parallel-size 2", {"enforce_eager": True, "tensor_parallel_size": 2}),
+        ("--quantization fp8 --kv-cache-dtype fp8", {"quantization": "fp8", "kv_cache_dtype": "fp8"}),
+    ],
+)
+def test_engine_options_as_keywords(arguments: str, expected: dict[str, object]) -> None:
+    assert keywords(arguments.split()) == expected
