@@ -7,6 +7,7 @@ drawn wide enough that greedy decoding has no near ties, and the same for the sa
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -108,40 +109,55 @@ def make_checkpoint(
     more, with an index. The tokenizer is a byte-level BPE in tokenizer.json; for vicuna and baichuan it is a
     sentencepiece tokenizer.model, as published. It fits a vocabulary of ``VOCAB_SIZE``.
     """
+    path.mkdir(parents=True)
+    model = random_model(kind, seed=seed, **overrides)
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    shard_size = num_bytes if num_shards == 1 else num_bytes // num_shards
+    if isinstance(model, BaichuanTwin):
+        save_torch_model(model, path, max_shard_size=shard_size)
+        (path / "modeling_baichuan.py").write_text("raise RuntimeError('code of a checkpoint was executed')\n")
+    else:
+        model.save_pretrained(path, max_shard_size=shard_size)
+    write_config(model, path)
+    if tokenizer:
+        (write_sentencepiece_tokenizer if kind in _SENTENCEPIECE_KINDS else write_bpe_tokenizer)(path)
+    return path
+
+
+def random_model(kind: str, *, seed: int = 0, **overrides: Any) -> Any:
+    """A transformers model of one of ``KINDS``, or a BaichuanTwin, on the current default device."""
     model_type, fields = KINDS[kind]
     fields = fields | overrides
-    path.mkdir(parents=True)
     if model_type == "baichuan":
         model: Any = BaichuanTwin(fields)
     else:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         from_config: Any = AutoModelForCausalLM.from_config
-        model = from_config(AutoConfig.for_model(model_type, **fields))
-    draw_weights(model, seed)
-    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    shard_size = num_bytes if num_shards == 1 else num_bytes // num_shards
+        model = from_config(AutoConfig.for_model(model_type, **fields), attn_implementation="eager")
+    draw_weights(model, seed, std=1.6 / math.sqrt(fields["hidden_size"]))
+    return model
+
+
+def write_config(model: Any, path: Path) -> None:
+    """Writes config.json."""
     if isinstance(model, BaichuanTwin):
-        save_torch_model(model, path, max_shard_size=shard_size)
-        (path / "config.json").write_text(json.dumps(fields, indent=2))
-        (path / "modeling_baichuan.py").write_text("raise RuntimeError('code of a checkpoint was executed')\n")
+        (path / "config.json").write_text(json.dumps(model.config, indent=2))
     else:
-        model.save_pretrained(path, max_shard_size=shard_size)
-    if tokenizer:
-        (write_sentencepiece_tokenizer if kind in _SENTENCEPIECE_KINDS else write_bpe_tokenizer)(path)
-    return path
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(path)
 
 
 @torch.no_grad()
-def draw_weights(model: nn.Module, seed: int) -> None:
+def draw_weights(model: nn.Module, seed: int, std: float) -> None:
     """Draws every parameter anew: gains of norms around 1, all else around 0; no bias stays zero.
 
     Biases are drawn small, for a bias of the last norm over tied embeddings makes every token the same.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         is_bias, is_gain = name.endswith("bias"), "norm" in name and name.endswith("weight")
-        parameter.normal_(1.0 if is_gain else 0.0, 0.05 if is_bias else 0.2, generator=generator)
+        parameter.normal_(1.0 if is_gain else 0.0, 0.05 if is_bias else 0.2 if is_gain else std, generator=generator)
 
 
 def write_bpe_tokenizer(path: Path) -> None:

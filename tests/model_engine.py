@@ -40,6 +40,7 @@ class ModelEngine:
         max_model_len: int = 128,
     ) -> None:
         self.depth = depth
+        self.vocab_size = config.vocab_size
         self.num_prefill_steps = self.num_swapped_in = self.num_copied = 0
         self.outputs: list[SequenceOutput] = []  # of the last run
         page_size = PAGE_SIZES[device.type]
@@ -79,5 +80,9 @@ class ModelEngine:
     def run(self, prompts: list[list[int]], **sampling: Any) -> list[Request]:
         """Requests of the same sampling, run together to their ends."""
         requests = [make_request(prompt, **sampling) for prompt in prompts]
-        self.outputs = drive(self.scheduler, self, requests, self.depth)
+        self.run_requests(requests)
         return requests
+
+    def run_requests(self, requests: list[Request]) -> None:
+        """Run requests together to their ends."""
+        self.outputs = drive(self.scheduler, self, requests, self.depth)

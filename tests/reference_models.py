@@ -31,11 +31,17 @@ def load_reference(path: Path, dtype: torch.dtype = torch.float32) -> Logits:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
+    return logits_of(model)
+
+
+def logits_of(model: nn.Module) -> Logits:
+    """The function of a BaichuanTwin or a transformers model, on the model's device and in its dtype."""
     model.eval()
+    device = next(model.parameters()).device
 
     @torch.inference_mode()
     def logits(token_ids: Sequence[int]) -> Tensor:
-        ids = torch.tensor(token_ids, dtype=torch.int64)
+        ids = torch.tensor(token_ids, dtype=torch.int64, device=device)
         out: Tensor = model(ids) if isinstance(model, BaichuanTwin) else model(ids[None], use_cache=False).logits[0]
         return out.float()
 
@@ -50,6 +56,11 @@ def greedy(logits: Logits, prompt: Sequence[int], num_tokens: int) -> list[int]:
     return token_ids[len(prompt) :]
 
 
+def is_greedy(logits: Logits, prompt: Sequence[int], token_ids: list[int]) -> bool:
+    """Whether greedy decoding adds these ids to the prompt; one pass over all, where ``greedy`` takes one for each."""
+    return logits([*prompt, *token_ids[:-1]])[len(prompt) - 1 :].argmax(-1).tolist() == token_ids
+
+
 class _RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -57,7 +68,8 @@ class _RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+        normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        out: Tensor = normed.to(x.dtype) * self.weight
         return out
 
 
@@ -73,14 +85,16 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         num_tokens = x.shape[0]
         q, k, v = (t.view(num_tokens, self.num_heads, -1).transpose(0, 1) for t in self.W_pack(x).chunk(3, dim=-1))
-        bias = torch.full((num_tokens, num_tokens), -math.inf).triu(1)
+        bias = torch.full((num_tokens, num_tokens), -math.inf, device=x.device).triu(1)
         if self.alibi:
-            distance = torch.arange(num_tokens)[None, :] - torch.arange(num_tokens)[:, None]
-            bias = bias + alibi_slopes(self.num_heads)[:, None, None] * distance
+            places = torch.arange(num_tokens, device=x.device)
+            slopes = alibi_slopes(self.num_heads).to(x.device)
+            bias = bias + slopes[:, None, None] * (places[None, :] - places[:, None])
         else:
             q, k = rotate(q), rotate(k)
         scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]) + bias
-        out: Tensor = self.o_proj((scores.softmax(-1) @ v).transpose(0, 1).reshape(num_tokens, -1))
+        attended = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+        out: Tensor = self.o_proj(attended.transpose(0, 1).reshape(num_tokens, -1))
         return out
 
 
@@ -118,6 +132,7 @@ class BaichuanTwin(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
+        self.config = config
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": nn.Embedding(config["vocab_size"], config["hidden_size"]),
@@ -141,11 +156,11 @@ class BaichuanTwin(nn.Module):
 def rotate(x: Tensor) -> Tensor:
     """Rotary position embedding of ``[heads, T, D]`` at positions 0 to T - 1, theta 10,000 (RoFormer, half split)."""
     num_tokens, head_dim = x.shape[1:]
-    frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
-    angles = torch.arange(num_tokens)[:, None] * frequencies
+    frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2, device=x.device) / head_dim)
+    angles = torch.arange(num_tokens, device=x.device)[:, None] * frequencies
     first, second = x.chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
