@@ -1,0 +1,129 @@
+"""Where a step's time goes on a GPU: its kernels by total time, and the host's time to launch and collect it.
+
+    python tests/benchmarks/step_profile.py SHAPE_DIR [--rows 1,64,256] [--chunk 1024] [--context 1024] [--top 14]
+
+Weights are random. Prints, for decode steps of so many rows and for a prompt of so many tokens: the step's time on the
+device (events around many launches), the host's time to launch and to collect, and each kernel's calls, time and share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from driving import make_request
+
+from weft_backend.config import EngineConfig
+from weft_backend.kv_cache import PageShape
+from weft_backend.model_config import load_model_config
+from weft_backend.model_runner import ModelRunner
+from weft_backend.models import load_model
+from weft_backend.sequence import Sequence
+from weft_backend.step import PageMoves, StepPlan
+
+PAGE_SIZE = 16
+DEVICE = torch.device("cuda")
+NO_MOVES = PageMoves(*(np.zeros((0, 2), np.int32),) * 3)
+NO_UPDATES = np.zeros((0, 3), np.int32)
+
+
+def make_runner(shape_dir: Path, max_num_seqs: int) -> ModelRunner:
+    config = load_model_config(shape_dir)
+    max_len = min(4096, config.max_model_len)
+    model = load_model(config, shape_dir, device=DEVICE, load_format="dummy")
+    dtype = getattr(torch, config.dtype)
+    return ModelRunner(
+        model,
+        page_shape=PageShape(config.num_layers, config.num_kv_heads, PAGE_SIZE, config.head_dim, dtype),
+        vocab_size=config.vocab_size,
+        device=DEVICE,
+        max_model_len=max_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=EngineConfig().max_num_batched_tokens,
+        gpu_memory_utilization=0.85,
+    )
+
+
+def make_plan(runner: ModelRunner, num_rows: int, context: int, chunk: int, new: bool) -> StepPlan:
+    """Rows of ``context`` tokens, of which the last (decode), or the last ``chunk``, are computed."""
+    sequences = []
+    for row in range(num_rows):
+        request = make_request([row + 5] * context, max_tokens=64, temperature=0.7, stop_token_ids=())
+        sequences.append(Sequence(request, 0, list(request.prompt_token_ids), row=row))
+    num_pages = -(-(context + 64) // PAGE_SIZE)
+    updates = [
+        (row, column, (row * num_pages + column) % runner.num_pages)
+        for row in range(num_rows)
+        for column in range(min(num_pages, runner.max_model_len // PAGE_SIZE))
+    ]
+    return StepPlan(
+        step=1,
+        sequences=sequences,
+        rows=np.arange(num_rows, dtype=np.int32),
+        start_positions=np.full(num_rows, context - (chunk or 1), np.int32),
+        query_lens=np.full(num_rows, chunk or 1, np.int32),
+        num_decode_rows=0 if chunk else num_rows,
+        samples=np.ones(num_rows, np.bool_),
+        new_rows=sequences if new else [],
+        page_updates=np.array(updates, np.int32) if new else NO_UPDATES,
+        page_moves=NO_MOVES,
+    )
+
+
+def report(runner: ModelRunner, num_rows: int, context: int, chunk: int, top: int) -> None:
+    runner.collect(runner.launch(make_plan(runner, num_rows, context, chunk, new=True)))
+    plan = make_plan(runner, num_rows, context, chunk, new=False)
+    for _ in range(3):
+        runner.collect(runner.launch(plan))
+    num_steps = 20
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    begin.record()
+    start = time.perf_counter()
+    launched = [runner.launch(plan) for _ in range(num_steps)]
+    launch_us = (time.perf_counter() - start) / num_steps * 1e6
+    end.record()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for step in launched:
+        runner.collect(step)
+    collect_us = (time.perf_counter() - start) / num_steps * 1e6
+    step_us = begin.elapsed_time(end) / num_steps * 1e3
+    kind = f"prompt of {chunk}" if chunk else "decode"
+    print(f"\n== {num_rows} rows, {kind}, context {context}: step {step_us:.0f} us; host: launch {launch_us:.0f} us, "
+          f"collect {collect_us:.0f} us")  # fmt: skip
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(3):
+            runner.collect(runner.launch(plan))
+    events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
+    events.sort(key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events) / 3
+    print(f"   kernels {total:.0f} us in {sum(event.count for event in events) // 3} launches")
+    for event in events[:top]:
+        us, calls = event.self_device_time_total / 3, event.count / 3
+        print(f"   {us:8.1f} us {us / total:6.1%} {calls:6.0f} x {us / calls:7.2f}  {event.key[:90]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("shape_dir", type=Path)
+    parser.add_argument("--rows", default="1,8,64,256")
+    parser.add_argument("--chunk", type=int, default=1024)
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--top", type=int, default=14)
+    options = parser.parse_args()
+    rows = [int(number) for number in options.rows.split(",")]
+    start = time.perf_counter()
+    runner = make_runner(options.shape_dir, max(256, *rows))
+    print(f"{options.shape_dir.name}: {torch.cuda.get_device_name()}, ready after {time.perf_counter() - start:.1f} s")
+    for num_rows in rows:
+        report(runner, num_rows, options.context, 0, options.top)
+    report(runner, 1, options.chunk, options.chunk, options.top)
+    report(runner, 8, options.chunk, options.chunk, options.top)
+
+
+if __name__ == "__main__":
+    main()
