@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -33,9 +34,11 @@ class StepInputs:
         self._padding_row = padding_row
         lens = [max_num_seqs, max_num_seqs, max_num_seqs + 1, 1, max_num_seqs, max_num_seqs, max_num_seqs, 1]
         lens.append(3 * MAX_PAGE_UPDATES)
-        self._ends = np.cumsum(lens).tolist()
-        self._staging = Staging(device, num_slots=4, num_words=self._ends[-1])
-        self._block = torch.zeros(self._ends[-1], dtype=torch.int32, device=device)
+        ends = list(accumulate(lens))
+        self._fixed_size = ends[-2]  # all but the page updates, of which only those that there are travel
+        self._parts = [slice(end - length, end) for end, length in zip(ends, lens, strict=True)]
+        self._staging = Staging(device, num_slots=4, num_words=ends[-1])
+        self._block = torch.zeros(ends[-1], dtype=torch.int32, device=device)
         views = torch.split(self._block, lens)
         self.rows, self.starts, self.query_starts, self.num_decode_rows = views[:4]
         self.sample_rows, self.sample_positions, self.last_tokens, self.num_page_updates = views[4:8]
@@ -46,9 +49,9 @@ class StepInputs:
         indices = np.flatnonzero(plan.samples)
         ends = np.cumsum(plan.query_lens, dtype=np.int32)
         samples = Samples(indices, plan.rows[indices], (plan.start_positions + plan.query_lens)[indices])
-        staged = self._staging.take(self._ends[7] + page_updates.size)
-        rows, starts, query_starts, counts, sample_rows, positions, last_tokens, num_updates, updates = np.split(
-            staged, self._ends[:-1]
+        staged = self._staging.take(self._fixed_size + page_updates.size)
+        rows, starts, query_starts, counts, sample_rows, positions, last_tokens, num_updates, updates = (
+            staged[part] for part in self._parts
         )
         _fill(rows, plan.rows, self._padding_row)
         _fill(starts, plan.start_positions, 0)
