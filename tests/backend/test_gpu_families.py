@@ -26,6 +26,7 @@ NUM_TOKENS = 24
 NUM_TOP = 20
 # Root mean square error of log-probabilities in bfloat16, whose spread is about 1.6.
 TOLERANCE = 0.06
+LARGEST_GAP = 5 * TOLERANCE  # by which a chosen token's logit may miss the largest
 # A nearly right model of each family, which the tolerance must tell from the right one.
 NEARLY_RIGHT: dict[str, Callable[[ModelConfig], ModelConfig]] = {
     "llama-3.1-8b": lambda config: replace(config, rope=Rope(400000.0, "llama3", 8.0, 1.0, 4.0, 8192)),
@@ -84,6 +85,24 @@ def test_logits_in_bfloat16(name: str, reference: nn.Module, tmp_path: Path) -> 
     print(f"measured: bfloat16 log-probabilities of {name}: rms error {ours:.4f}, in transformers {theirs:.4f}")
     assert ours < TOLERANCE
     assert ours < 1.2 * theirs
+
+
+def test_greedy_ids_in_bfloat16_are_nearly_the_likeliest(name: str, reference: nn.Module, tmp_path: Path) -> None:
+    config = config_of(reference, tmp_path, "bfloat16")
+    prompts = make_prompts(config.vocab_size)
+    requests = make_engine(reference, config).run(prompts, max_tokens=NUM_TOKENS)
+    cast(reference, torch.float32)
+    exact = logits_of(reference)
+    gaps = [gaps_to_best(exact, prompt, generated(r)) for prompt, r in zip(prompts, requests, strict=True)]
+    largest = float(torch.cat(gaps).max())
+    print(f"measured: largest gap of {name}'s bfloat16 choices to the likeliest {largest:.3f}")
+    assert largest < LARGEST_GAP
+
+
+def gaps_to_best(logits: Logits, prompt: list[int], token_ids: list[int]) -> Tensor:
+    rows = logits([*prompt, *token_ids[:-1]])[len(prompt) - 1 :]
+    chosen = torch.tensor(token_ids, device=rows.device)[:, None]
+    return (rows.amax(-1, keepdim=True) - rows.gather(1, chosen)).cpu()
 
 
 def test_tolerance_can_fail(name: str, reference: nn.Module, tmp_path: Path) -> None:
