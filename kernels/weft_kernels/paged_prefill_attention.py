@@ -123,7 +123,7 @@ def _prefill_kernel(
             page = tl.load(pages + key // PAGE_SIZE, mask=exists, other=0).to(tl.int64)
             at = ((page * NUM_KV_HEADS + kv_head) * PAGE_SIZE + key % PAGE_SIZE) * DIM
             k_mask, v_mask = exists[None, :] & in_head[:, None], exists[:, None] & in_head[None, :]
-            keys = tl.load(k_cache + at[None, :] + column[:, None], mask=k_mask, other=0.0)
+            keys = tl.load(k_cache + at[None, :] + column[:, None], mask=k_mask, other=0.0).to(query.dtype)
             score = tl.dot(query, keys, input_precision="ieee") * scale_log2
             if alibi_slopes is not None:
                 score += slope[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
@@ -140,8 +140,8 @@ def _prefill_kernel(
             decay = tl.exp2(maximum - shift)
             maximum = new_maximum
             total = total * decay + tl.sum(weight, axis=1)
-            values = tl.load(v_cache + at[:, None] + column[None, :], mask=v_mask, other=0.0)
-            acc = tl.dot(weight.to(values.dtype), values, acc * decay[:, None], input_precision="ieee")
+            values = tl.load(v_cache + at[:, None] + column[None, :], mask=v_mask, other=0.0).to(query.dtype)
+            acc = tl.dot(weight.to(query.dtype), values, acc * decay[:, None], input_precision="ieee")
     attended = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     tl.store(out + q_at, attended.to(out.dtype.element_ty), mask=in_q)
 
