@@ -3,14 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STUBS := clients/python
+PACKAGES := clients/python:frontend:backend:kernels
 PROTOS := $(shell cd protos && find weft -name '*.proto' | sort)
 SERVICES := weft/engine/v1/engine.proto weft/inference/v1/inference.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check test-gpu stubs k8s clean
+.PHONY: help demo serve test check test-gpu bench-kernels bench-compare stubs k8s clean
 
 help: ## List the targets
-	@grep -E '^[a-z0-9-]+:.*##' Makefile | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | awk -F':.*## ' '{printf "make %-13s %s\n", $$1, $$2}'
 
 demo: $(VENV)/run ## Start both services, stream one answer over gRPC and one over HTTP, print tokens/s, exit
 	$(BIN)/weft demo
@@ -22,7 +23,13 @@ test: $(VENV)/test ## Run the tests
 	$(BIN)/pytest
 
 test-gpu: ## Run the tests that need an NVIDIA GPU, with the python3 that has torch
-	PYTHONPATH=clients/python:frontend:backend:kernels $(PYTHON) -m pytest -m gpu
+	PYTHONPATH=$(PACKAGES) $(PYTHON) -m pytest -m gpu
+
+bench-kernels: ## Time each kernel on an NVIDIA GPU; ARGS="--shapes 8B --json FILE"
+	PYTHONPATH=$(PACKAGES):tests $(PYTHON) -m benchmarks.kernels $(ARGS)
+
+bench-compare: ## Time Weft and vLLM on SHAPE, a folder with a config.json; ARGS="--vllm FOLDER --json FILE"
+	PYTHONPATH=$(PACKAGES):tests $(PYTHON) -m benchmarks.compare_engines $(SHAPE) $(ARGS)
 
 check: $(VENV)/test ## Run the linters, the types, the import contracts, and compare the stubs
 	$(BIN)/ruff check .

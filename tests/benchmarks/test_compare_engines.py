@@ -42,10 +42,12 @@ def test_both_engines_run_and_stand_side_by_side(tmp_path: Path) -> None:
     (vllm / "vllm.py").write_text(PRETENDED)
     config = json.loads((shape / "config.json").read_text()) | {"max_position_embeddings": 2048}
     (shape / "config.json").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "benchmarks.compare_engines", str(shape), "--vllm", str(vllm), "--repeats", "2"]
+    command = [sys.executable, "-m", "benchmarks.compare_engines", str(shape), "--vllm", str(vllm)]
     command += ["--json", str(report_file), "--batches", "1", "--parts", "decode", "--block-size", "16"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
-    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    path = f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"
+    output = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=True
+    ).stdout
     report = json.loads(report_file.read_text())
     assert report["weft"]["engine"].startswith("weft")
     assert report["vllm"]["engine"] == "vllm 0"
