@@ -14,6 +14,7 @@ from typing import Any
 from weft_backend.config_fields import ConfigError, Fields
 
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("fp8",)  # float8_e4m3fn, a scale for each row; of the layers' matrices, not of embeddings and head
 MAX_EOS_TOKEN_IDS = 16  # every row of the batch has room for them beside a request's own stop ids
 
 
@@ -70,12 +71,16 @@ class ModelConfig:
     normalized_head: bool = False  # rows of the output matrix are scaled to length 1
     num_positions: int = 0  # learned position embeddings; 0: none
     post_norm: bool = False  # norms stand after attention and MLP instead of before them
+    quantization: str | None = None  # one of QUANTIZATIONS, made of the checkpoint's weights; None: as dtype says
 
 
-def load_model_config(path: Path, *, dtype: str = "auto", max_model_len: int | None = None) -> ModelConfig:
+def load_model_config(
+    path: Path, *, dtype: str = "auto", max_model_len: int | None = None, quantization: str | None = None
+) -> ModelConfig:
     """Read config.json and generation_config.json of the checkpoint in the folder ``path``.
 
     ``dtype`` "auto" takes the checkpoint's own. ``max_model_len`` may lower the model's, not raise it.
+    ``quantization`` is what loading does to the weights.
     Raises ConfigError.
     """
     fields = Fields.read(path / "config.json")
@@ -83,6 +88,8 @@ def load_model_config(path: Path, *, dtype: str = "auto", max_model_len: int | N
     generation = Fields.read(generation_path) if generation_path.exists() else Fields({})
     if fields.has("quantization_config"):
         raise ConfigError("quantization_config", "quantized checkpoints are not supported")
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ConfigError("quantization", f"{quantization!r} is not supported; {', '.join(QUANTIZATIONS)} is")
     architecture, read_family = _family(fields)
     common = _common(fields) | read_family(fields)
     eos_token_ids = generation.ids("eos_token_id") or fields.ids("eos_token_id")
@@ -95,6 +102,7 @@ def load_model_config(path: Path, *, dtype: str = "auto", max_model_len: int | N
             "max_model_len": _resolve_max_model_len(common["max_model_len"], max_model_len),
             "eos_token_ids": eos_token_ids,
             "default_sampling": _default_sampling(generation),
+            "quantization": quantization,
         }
     )
 

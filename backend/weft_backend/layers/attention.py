@@ -40,10 +40,23 @@ class Attention(nn.Module):
         slopes = alibi_slopes(config.num_heads)[first_head : first_head + self._num_heads]
         self._alibi_slopes = slopes if config.alibi else None
         self.qkv_proj = ColumnParallelLinear(
-            config.hidden_size, _qkv_parts(config), bias=config.qkv_bias, tp=tp, ops=ops
+            config.hidden_size,
+            _qkv_parts(config),
+            bias=config.qkv_bias,
+            quantization=config.quantization,
+            tp=tp,
+            ops=ops,
         )
         out_size = config.num_heads * config.head_dim
-        self.o_proj = RowParallelLinear(out_name, out_size, config.hidden_size, bias=config.o_bias, tp=tp, ops=ops)
+        self.o_proj = RowParallelLinear(
+            out_name,
+            out_size,
+            config.hidden_size,
+            bias=config.o_bias,
+            quantization=config.quantization,
+            tp=tp,
+            ops=ops,
+        )
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps, ops) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, ops) if config.qk_norm else None
 

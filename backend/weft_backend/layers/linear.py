@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from weft_backend.layers.norm import RMSNorm
@@ -23,7 +24,25 @@ class Part:
     total_rows: int | None = None  # of that matrix; None: num_rows
 
 
-class ColumnParallelLinear(Layer):
+class Linear(Layer):
+    """This rank's share of a matrix, and of its bias; with ``quantization`` "fp8" the matrix has 8 bits a value."""
+
+    weight_scale: Tensor | None  # float32 [rows], of a quantized matrix
+
+    def __init__(
+        self, num_rows: int, num_columns: int, *, bias: bool, quantization: str | None, tp: TensorParallel, ops: Ops
+    ) -> None:
+        super().__init__()
+        self._ops = ops
+        self._tp = tp
+        is_fp8 = quantization == "fp8"
+        self.weight = parameter(num_rows, num_columns, dtype=torch.float8_e4m3fn if is_fp8 else None)
+        scale = torch.empty(num_rows, dtype=torch.float32) if is_fp8 else None
+        self.register_buffer("weight_scale", scale, persistent=False)
+        self.bias = parameter(num_rows) if bias else None
+
+
+class ColumnParallelLinear(Linear):
     """``y = activation(norm(x) Wᵀ + b)``, several projections of one input fused into one matrix.
 
     Each rank computes its share of each: [T, in_size] to [T, sum of the parts' rows / ranks], the parts side by side.
@@ -35,22 +54,25 @@ class ColumnParallelLinear(Layer):
         parts: Sequence[Part],
         *,
         bias: bool,
+        quantization: str | None,
         tp: TensorParallel,
         ops: Ops,
         activation: Activation | None = None,
     ) -> None:
-        super().__init__()
-        self._ops = ops
+        num_rows = sum(tp.share(part.num_rows, part.name) for part in parts)
+        super().__init__(num_rows, in_size, bias=bias, quantization=quantization, tp=tp, ops=ops)
         self._activation = activation
         self._parts = parts
-        self._tp = tp
-        num_rows = sum(tp.share(part.num_rows, part.name) for part in parts)
-        self.weight = parameter(num_rows, in_size)
-        self.bias = parameter(num_rows) if bias else None
 
     def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
-        before = None if norm is None else norm.norm
-        return self._ops.linear(x, self.weight, self.bias, norm=before, activation=self._activation)
+        return self._ops.linear(
+            x,
+            self.weight,
+            self.bias,
+            weight_scale=self.weight_scale,
+            norm=None if norm is None else norm.norm,
+            activation=self._activation,
+        )
 
     def sources(self, path: str) -> Iterator[Source]:
         parent = path.rpartition(".")[0]
@@ -59,35 +81,46 @@ class ColumnParallelLinear(Layer):
             num_rows = part.num_rows // self._tp.size
             first = part.first_row + self._tp.rank * num_rows
             region = (slice(first, first + num_rows),)
+            rows = slice(start, start + num_rows)
             for kind, target in self.named_parameters(recurse=False):
                 shape = (part.total_rows or part.num_rows, *target.shape[1:])
-                yield Source(f"{parent}.{part.name}.{kind}", shape, region, target[start : start + num_rows])
+                scale = self.weight_scale[rows] if self.weight_scale is not None and kind == "weight" else None
+                yield Source(f"{parent}.{part.name}.{kind}", shape, region, target[rows], scale)
             start += num_rows
 
 
-class RowParallelLinear(Layer):
+class RowParallelLinear(Linear):
     """``residual += x Wᵀ + b`` of an input spread over the ranks, summed over them: [T, in_size / ranks] to
     [T, out_size]."""
 
-    def __init__(self, name: str, in_size: int, out_size: int, *, bias: bool, tp: TensorParallel, ops: Ops) -> None:
-        super().__init__()
-        self._ops = ops
+    def __init__(
+        self,
+        name: str,
+        in_size: int,
+        out_size: int,
+        *,
+        bias: bool,
+        quantization: str | None,
+        tp: TensorParallel,
+        ops: Ops,
+    ) -> None:
+        num_columns = tp.share(in_size, name)
+        super().__init__(out_size, num_columns, bias=bias, quantization=quantization, tp=tp, ops=ops)
         self._name = name
-        self._tp = tp
-        self.weight = parameter(out_size, tp.share(in_size, name))
-        self.bias = parameter(out_size) if bias else None
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """The new residual; the old one's memory is used again."""
-        if self._tp.rank == 0:
-            return self._tp.all_reduce(self._ops.linear(x, self.weight, self.bias, residual=residual))
-        return self._tp.all_reduce(self._ops.linear(x, self.weight))
+        if self._tp.rank > 0:
+            return self._tp.all_reduce(self._ops.linear(x, self.weight, weight_scale=self.weight_scale))
+        return self._tp.all_reduce(
+            self._ops.linear(x, self.weight, self.bias, weight_scale=self.weight_scale, residual=residual)
+        )
 
     def sources(self, path: str) -> Iterator[Source]:
         name = f"{path.rpartition('.')[0]}.{self._name}"
         out_size, num_columns = self.weight.shape
         first = self._tp.rank * num_columns
         region = (slice(None), slice(first, first + num_columns))
-        yield Source(f"{name}.weight", (out_size, num_columns * self._tp.size), region, self.weight)
+        yield Source(f"{name}.weight", (out_size, num_columns * self._tp.size), region, self.weight, self.weight_scale)
         if self.bias is not None:
             yield Source(f"{name}.bias", (out_size,), (), self.bias)

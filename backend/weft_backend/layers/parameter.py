@@ -13,20 +13,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+FLOAT8_MAX = 448.0  # of float8_e4m3fn
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """``target``, a view of a parameter, is ``region`` of the checkpoint tensor ``name``, whose shape is ``shape``."""
+    """``target``, a view of a parameter, is ``region`` of the checkpoint tensor ``name``, whose shape is ``shape``.
+
+    With a ``scale``, float32 [N], the target is of float8_e4m3fn and stands for ``target * scale[:, None]``.
+    """
 
     name: str
     shape: tuple[int, ...]
     region: tuple[slice, ...]  # one for each of the first dimensions; the others are taken whole
     target: Tensor
+    scale: Tensor | None = None
+
+    def fill(self, values: Tensor) -> None:
+        """Give the target these values, of its shape and any float type. Values that are not finite stay so."""
+        if self.scale is None:
+            self.target.copy_(values)
+            return
+        wide = values.to(self.target.device).float()
+        self.scale.copy_(wide.abs().amax(1) / FLOAT8_MAX)
+        self.target.copy_(wide.div_(self.scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]))
+
+    def is_finite(self) -> bool:
+        """Whether all values are; after ``fill``."""
+        # The extremes carry any NaN or infinity: 9 ms for 134 MB on two cores, where isfinite takes 218.
+        extremes = torch.stack(torch.aminmax(self.target if self.scale is None else self.scale))
+        return bool(extremes.isfinite().all())
 
 
-def parameter(*shape: int) -> nn.Parameter:
-    """An uninitialized parameter of the current default type and device; it never needs a gradient."""
-    return nn.Parameter(torch.empty(shape), requires_grad=False)
+def parameter(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """An uninitialized parameter of the current default type, unless given, and device; it never needs a gradient."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
 
 
 class Layer(nn.Module, ABC):

@@ -27,9 +27,17 @@ class GatedMLP(nn.Module):
         size, bias = config.intermediate_size, config.mlp_bias
         parts = [Part("gate_proj", size), Part("up_proj", size)]
         self.gate_up_proj = ColumnParallelLinear(
-            config.hidden_size, parts, bias=bias, tp=tp, ops=ops, activation="silu_and_mul"
+            config.hidden_size,
+            parts,
+            bias=bias,
+            quantization=config.quantization,
+            tp=tp,
+            ops=ops,
+            activation="silu_and_mul",
         )
-        self.down_proj = RowParallelLinear("down_proj", size, config.hidden_size, bias=bias, tp=tp, ops=ops)
+        self.down_proj = RowParallelLinear(
+            "down_proj", size, config.hidden_size, bias=bias, quantization=config.quantization, tp=tp, ops=ops
+        )
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         out: Tensor = self.down_proj(self.gate_up_proj(x, norm), x)

@@ -29,8 +29,18 @@ class OPTLayer(nn.Module):
         self._post_norm = config.post_norm
         self.self_attn = Attention(config, tp, ops, out_name="out_proj")
         self.self_attn_layer_norm = LayerNorm(hidden_size, config.norm_eps, ops)
-        self.fc1 = ColumnParallelLinear(hidden_size, [Part("fc1", size)], bias=bias, tp=tp, ops=ops, activation="relu")
-        self.fc2 = RowParallelLinear("fc2", size, hidden_size, bias=bias, tp=tp, ops=ops)
+        self.fc1 = ColumnParallelLinear(
+            hidden_size,
+            [Part("fc1", size)],
+            bias=bias,
+            quantization=config.quantization,
+            tp=tp,
+            ops=ops,
+            activation="relu",
+        )
+        self.fc2 = RowParallelLinear(
+            "fc2", size, hidden_size, bias=bias, quantization=config.quantization, tp=tp, ops=ops
+        )
         self.final_layer_norm = LayerNorm(hidden_size, config.norm_eps, ops)
 
     def forward(self, x: Tensor, layout: BatchLayout, kv_cache: Tensor) -> Tensor:
@@ -68,4 +78,6 @@ class OPTDecoder(Decoder):
 
 
 def _replicated(name: str, in_size: int, out_size: int, ops: Ops) -> ColumnParallelLinear:
-    return ColumnParallelLinear(in_size, [Part(name, out_size)], bias=False, tp=TensorParallel(), ops=ops)
+    """A part of the embeddings, so never quantized."""
+    parts = [Part(name, out_size)]
+    return ColumnParallelLinear(in_size, parts, bias=False, quantization=None, tp=TensorParallel(), ops=ops)
