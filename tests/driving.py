@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Any, Protocol
 
+import numpy as np
+
 from weft_backend.scheduler import Scheduler
 from weft_backend.sequence import Request, Sampling
-from weft_backend.step import SequenceOutput, StepPlan, StepResult
+from weft_backend.step import SequenceOutput, StepOutput, StepPlan, StepResult
 
 _slots = count()
 
@@ -23,11 +25,13 @@ class Runner(Protocol):
 def make_request(prompt: Iterable[int], num_resumed_tokens: int = 0, **sampling: Any) -> Request:
     """A greedy request unless ``sampling`` says otherwise."""
     parameters = Sampling(**({"temperature": 0.0} | sampling))
-    return Request(0, next(_slots), "", list(prompt), parameters, num_resumed_tokens=num_resumed_tokens)
+    return Request(
+        0, next(_slots), "", np.array(list(prompt), np.int32), parameters, num_resumed_tokens=num_resumed_tokens
+    )
 
 
-def steps(scheduler: Scheduler, runner: Runner, depth: int = 0) -> Iterator[list[SequenceOutput]]:
-    """The outputs of each step; with ``depth`` 1 a step is launched before the one before it is collected."""
+def steps(scheduler: Scheduler, runner: Runner, depth: int = 0) -> Iterator[StepOutput]:
+    """The output of each step; with ``depth`` 1 a step is launched before the one before it is collected."""
     in_flight: deque[tuple[StepPlan, Any]] = deque()
     while scheduler.has_work or in_flight:
         plan = scheduler.schedule()
@@ -39,14 +43,15 @@ def steps(scheduler: Scheduler, runner: Runner, depth: int = 0) -> Iterator[list
 
 
 def drive(scheduler: Scheduler, runner: Runner, requests: list[Request], depth: int = 0) -> list[SequenceOutput]:
-    """Run the requests to their ends and check that nothing is left behind."""
+    """What came beside tokens, until the requests have ended; checks that nothing is left behind."""
     for request in requests:
         scheduler.add(request)
-    outputs = [output for step in steps(scheduler, runner, depth) for output in step]
+    outputs = [output for step in steps(scheduler, runner, depth) for output in step.others]
     scheduler.check_idle()
     return outputs
 
 
 def generated(request: Request, choice: int = 0) -> list[int]:
     """The tokens that a choice of the request has generated."""
-    return request.sequences[choice].token_ids[request.num_prompt_tokens :]
+    token_ids: list[int] = request.sequences[choice].token_ids[request.num_prompt_tokens :].tolist()
+    return token_ids

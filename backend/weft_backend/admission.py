@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 from google.rpc.code_pb2 import RESOURCE_EXHAUSTED
 
 from weft.engine.v1.engine_pb2 import TokenRequest
@@ -19,7 +20,7 @@ def make_request(
     session: int, slot: int, message: TokenRequest, card: ModelCard, seeds: random.Random, now: float
 ) -> Request:
     """The request that a checked ``message`` asks for. Args: ``now`` is time.monotonic()."""
-    prompt = list(message.prompt_token_ids)
+    prompt = np.array(message.prompt_token_ids, np.int32)
     room = card.max_model_len - len(prompt) + message.num_resumed_tokens
     return Request(
         session=session,

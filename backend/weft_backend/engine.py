@@ -18,12 +18,12 @@ from weft.engine.v1.model_pb2 import ModelCard
 from weft_backend.admission import check_queue, make_request
 from weft_backend.channel import EngineChannel, Kind, Message
 from weft_backend.errors import Refusal, not_finite
-from weft_backend.frames import FrameBuilder, summarize
+from weft_backend.frames import StepFrames, summarize
 from weft_backend.load_report import LoadReporter
 from weft_backend.open_requests import OpenRequests
 from weft_backend.scheduler import Scheduler
 from weft_backend.sequence import Request
-from weft_backend.step import FinishCode, SequenceOutput, StepPlan, StepResult
+from weft_backend.step import FinishCode, SequenceOutput, StepOutput, StepPlan, StepResult
 
 _log = logging.getLogger(__name__)
 
@@ -67,15 +67,15 @@ class Engine:
 
     def run(self) -> None:
         """Say READY and serve until the channel closes. Raises ChannelClosed then, and whatever ends the process."""
-        self._publish([])
+        self._publish(None)
         self._channel.send(Kind.READY, payload=self._card.SerializeToString())
         while True:
             self._receive()
             plan = self._scheduler.schedule()
             self._launch(plan)
             collected = self._collect(self._pipeline_depth if plan else 0)
-            outputs = self._retire(collected)
-            self._publish(outputs)
+            output = self._retire(collected)
+            self._publish(output)
 
     @property
     def _is_idle(self) -> bool:
@@ -141,57 +141,58 @@ class Engine:
         elif self._scheduler.has_work and not self._in_flight:
             raise RuntimeError("requests are waiting, but the scheduler plans no step")
 
-    def _collect(self, num_left: int) -> list[tuple[StepPlan, StepResult]]:
-        """Wait for the oldest steps until ``num_left`` are in flight."""
-        collected = []
-        while len(self._in_flight) > num_left:
-            plan, launched, launch_time = self._in_flight.popleft()
-            collected.append((plan, self._runner.collect(launched)))
-            self._load.count_step(plan.num_tokens, launch_time)
-        return collected
+    def _collect(self, num_left: int) -> tuple[StepPlan, StepResult] | None:
+        """Wait for the oldest step if more than ``num_left`` are in flight."""
+        if len(self._in_flight) <= num_left:
+            return None
+        plan, launched, launch_time = self._in_flight.popleft()
+        result = self._runner.collect(launched)
+        self._load.count_step(plan.num_tokens, launch_time)
+        return plan, result
 
-    def _retire(self, collected: list[tuple[StepPlan, StepResult]]) -> list[SequenceOutput]:
-        return [output for plan, result in collected for output in self._scheduler.retire(plan, result)]
+    def _retire(self, collected: tuple[StepPlan, StepResult] | None) -> StepOutput | None:
+        return None if collected is None else self._scheduler.retire(*collected)
 
     # ---- publish ----
 
-    def _publish(self, outputs: list[SequenceOutput]) -> None:
+    def _publish(self, output: StepOutput | None) -> None:
         """Send each session its frame, and the load if it is due."""
-        for output in outputs:
-            if output.finish is FinishCode.NAN and output.sequence.request in self._open:
-                self._fail(output.sequence.request, not_finite())
-        self._send_steps(outputs)
-        if self._is_idle:
+        if output is not None:
+            self._send_frames(output)
+        is_idle = self._is_idle
+        if is_idle:
             self._scheduler.check_idle()
-        if (report := self._load.due(self._open.num_ended, idle=self._is_idle)) is not None:
+        if (report := self._load.due(self._open.num_ended, idle=is_idle)) is not None:
             self._channel.send(Kind.LOAD, payload=report.SerializeToString())
         self._channel.flush()
 
-    def _send_steps(self, outputs: list[SequenceOutput]) -> None:
+    def _send_frames(self, step: StepOutput) -> None:
         """Send each session its frame. A request whose output cannot be put into it fails, and only after it: the
         frontend may use a slot again as soon as it hears of a failure.
         """
-        frames: dict[int, FrameBuilder] = {}
+        frames = StepFrames(step)
         failed: dict[Request, Exception] = {}
-        for output in outputs:
+        for output in step.others:
             request = output.sequence.request
-            if request not in self._open or request in failed:
-                continue
             try:
-                self._add(frames.setdefault(request.session, FrameBuilder()), output)
+                if request not in failed:
+                    self._add(frames, output)
             except Exception as error:
                 failed[request] = error
-        for session, frame in frames.items():
-            self._channel.send(Kind.STEP, session, frame.serialize(self._load.num_steps))
+            if request in failed:
+                frames.drop(output)
+        for session, frame in frames.serialize():
+            self._channel.send(Kind.STEP, session, frame)
         for request, cause in failed.items():
             self._fail(request, _as_refusal(cause, request.request_id))
 
-    def _add(self, frame: FrameBuilder, output: SequenceOutput) -> None:
-        frame.add(output)
+    def _add(self, frames: StepFrames, output: SequenceOutput) -> None:
+        if output.finish is FinishCode.NAN:
+            raise not_finite()
+        frames.add(output)
         if output.finish is not FinishCode.RUNNING:
             request = output.sequence.request
-            summary = summarize(request)
-            frame.add_finish(output, summary if self._open.end_choice(request) else None)
+            frames.add_finish(output, summarize(request) if self._open.end_choice(request) else None)
 
 
 def _as_refusal(error: Exception, request_id: str) -> Refusal:

@@ -1,86 +1,107 @@
-"""Builds the frames of one engine step: its outputs as packed columns, one frame a session."""
+"""Builds the frames of one engine step: its tokens as packed columns, one frame a session."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
 from weft.engine.v1.engine_pb2 import (
     FINISH_REASON_LENGTH,
     FINISH_REASON_STOP,
-    Finish,
     LogprobColumns,
-    PromptLogprobs,
     RequestSummary,
     SessionResponse,
     StepFrame,
 )
 from weft_backend.errors import not_finite
 from weft_backend.sequence import Request
-from weft_backend.step import FinishCode, SequenceOutput, TokenLogprobs
+from weft_backend.step import FinishCode, Int32Array, SequenceOutput, StepOutput, TokenLogprobs
 
 
-class FrameBuilder:
-    """The columns of one session's step frame."""
+class StepFrames:
+    """The frames of one step, one for each session that it gave something."""
 
-    def __init__(self) -> None:
-        self._slots: list[int] = []
-        self._choices: list[int] = []
-        self._num_tokens: list[int] = []
-        self._token_indexes: list[int] = []
-        self._token_ids: list[int] = []
-        self._has_logprobs: list[bool] = []
-        self._logprobs = LogprobColumns()
-        self._prompt_logprobs: list[PromptLogprobs] = []
-        self._finishes: list[Finish] = []
+    def __init__(self, output: StepOutput) -> None:
+        self._step = output.step
+        self._tokens = output.tokens
+        self._kept = np.ones(output.tokens.shape[1], np.bool_)
+        self._scored = np.zeros(output.tokens.shape[1], np.bool_)
+        self._frames: dict[int, StepFrame] = {}
+        for session in set(output.tokens[0].tolist()):
+            self._frame(session)
 
     def add(self, output: SequenceOutput) -> None:
-        """Add a sequence's new tokens and prompt scores; nothing of it if this raises."""
-        sequence = output.sequence
+        """Add log-probabilities; none if this raises."""
+        request, frame = output.sequence.request, self._frame(output.sequence.request.session)
         logprobs = None if output.logprobs is None else logprob_columns(output.logprobs)
         if output.prompt_logprobs is not None:
             scores = logprob_columns(output.prompt_logprobs)
-            slot, start = sequence.request.slot, output.prompt_start
-            self._prompt_logprobs.append(PromptLogprobs(slot=slot, start=start, logprobs=scores))
-        if not output.token_ids:
-            return
-        self._slots.append(sequence.request.slot)
-        self._choices.append(sequence.choice)
-        self._num_tokens.append(len(output.token_ids))
-        self._token_indexes.append(output.token_index)
-        self._token_ids += output.token_ids
-        self._has_logprobs.append(logprobs is not None)
+            frame.prompt_logprobs.add(slot=request.slot, start=output.prompt_start, logprobs=scores)
         if logprobs is not None:
-            self._logprobs.MergeFrom(logprobs)
+            self._scored[output.place] = True
+            frame.logprobs.MergeFrom(logprobs)
+
+    def drop(self, output: SequenceOutput) -> None:
+        """Leave out the sequence's token."""
+        if output.place >= 0:
+            self._kept[output.place] = False
 
     def add_finish(self, output: SequenceOutput, summary: RequestSummary | None) -> None:
         """Add a sequence's end; ``summary`` if it was its request's last."""
         slot, choice = output.sequence.request.slot, output.sequence.choice
         if output.finish is FinishCode.STOP:
-            reason, stop_token_id = FINISH_REASON_STOP, output.token_ids[-1]
+            reason, stop_token_id = FINISH_REASON_STOP, int(self._tokens[4, output.place])
         else:
             reason, stop_token_id = FINISH_REASON_LENGTH, None
-        self._finishes.append(
-            Finish(slot=slot, choice=choice, reason=reason, stop_token_id=stop_token_id, summary=summary)
-        )
+        finishes = self._frame(output.sequence.request.session).finishes
+        finishes.add(slot=slot, choice=choice, reason=reason, stop_token_id=stop_token_id, summary=summary)
 
-    def serialize(self, step: int) -> bytes:
-        """The frame, as a SessionResponse. Columns that hold only their defaults are left out."""
-        frame = StepFrame(
-            step=step,
-            slots=self._slots,
-            choices=self._choices if any(self._choices) else None,
-            num_tokens=self._num_tokens if len(self._token_ids) != len(self._slots) else None,
-            token_indexes=self._token_indexes,
-            token_ids=self._token_ids,
-            prompt_logprobs=self._prompt_logprobs,
-            finishes=self._finishes,
-        )
-        if any(self._has_logprobs):
-            frame.logprob_rows = np.packbits(self._has_logprobs, bitorder="little").tobytes()
-            frame.logprobs.CopyFrom(self._logprobs)
-        return SessionResponse(step=frame).SerializeToString()
+    def serialize(self) -> Iterator[tuple[int, bytes]]:
+        """Each session's frame, as a SessionResponse. Columns that hold only their defaults are left out."""
+        for session, frame in self._frames.items():
+            mine = self._kept & (self._tokens[0] == session)
+            _, slots, choices, indexes, token_ids = self._tokens[:, mine]
+            scored = self._scored[mine]
+            if scored.any():
+                frame.logprob_rows = np.packbits(scored, bitorder="little").tobytes()
+            columns = [
+                frame.SerializeToString(),
+                _fixed32(StepFrame.SLOTS_FIELD_NUMBER, slots),
+                _fixed32(StepFrame.CHOICES_FIELD_NUMBER, choices) if choices.any() else b"",
+                _fixed32(StepFrame.TOKEN_INDEXES_FIELD_NUMBER, indexes),
+                _fixed32(StepFrame.TOKEN_IDS_FIELD_NUMBER, token_ids),
+            ]
+            yield session, _delimited(SessionResponse.STEP_FIELD_NUMBER, b"".join(columns))
+
+    def _frame(self, session: int) -> StepFrame:
+        frame = self._frames.get(session)
+        if frame is None:
+            frame = self._frames[session] = StepFrame(step=self._step)
+        return frame
+
+
+def _fixed32(field_number: int, column: Int32Array) -> bytes:
+    """A ``repeated fixed32`` field. On the wire it is the array's own bytes; through a list it takes 7 times as long
+    (21 against 3 µs for the three columns of 256 rows).
+    """
+    return _delimited(field_number, column.astype("<i4", copy=False).tobytes())
+
+
+def _delimited(field_number: int, data: bytes) -> bytes:
+    """A field of protobuf's wire type 2: tag, length, data."""
+    return _varint(field_number << 3 | 2) + _varint(len(data)) + data
+
+
+def _varint(number: int) -> bytes:
+    """Seven bits a byte, lowest first; the high bit says that more follow."""
+    parts = bytearray()
+    while number > 0x7F:
+        parts.append(number & 0x7F | 0x80)
+        number >>= 7
+    parts.append(number)
+    return bytes(parts)
 
 
 def logprob_columns(logprobs: TokenLogprobs) -> LogprobColumns:

@@ -31,6 +31,6 @@ def largest_step(max_num_seqs: int, max_num_batched_tokens: int, max_model_len: 
 
 def _sequence(row: int, num_tokens: int) -> Sequence:
     sampling = Sampling(top_p=0.9, repetition_penalty=1.1, logprobs=20, prompt_logprobs=20)
-    token_ids = [0] * num_tokens
+    token_ids = np.zeros(num_tokens, np.int32)
     request = Request(session=0, slot=row, request_id="", prompt_token_ids=token_ids, sampling=sampling)
     return Sequence(request, 0, token_ids, row=row)

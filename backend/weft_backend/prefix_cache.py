@@ -14,10 +14,9 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-import numpy as np
-
 from weft_backend.block_pool import BlockPool
 from weft_backend.sequence import Sequence
+from weft_backend.step import Int32Array
 
 PageMove = tuple[int, int]  # (from, to)
 
@@ -93,7 +92,7 @@ class PrefixCache:
         match = Match()
         if not self.enabled or sequence.request.sampling.prompt_logprobs is not None:
             return match  # the logits of every prompt token are wanted, so all of them must be computed
-        for name in self._page_names(sequence, (len(sequence.token_ids) - 1) // self.block_size):
+        for name in self._page_names(sequence, sequence.token_ids, (len(sequence.token_ids) - 1) // self.block_size):
             page = self._pages.get(name)
             host_page = self.host.find(name)
             if page is not None and not match.host_pages:
@@ -138,14 +137,13 @@ class PrefixCache:
         self.host.settle()
         return moves
 
-    def register(self, sequence: Sequence, start: int, end: int) -> None:
-        """Name the pages that tokens ``start`` to ``end - 1``, computed now, have filled."""
-        first, last = start // self.block_size, end // self.block_size
-        if not self.enabled or not sequence.page_ids or first == last:
-            return
-        names = self._page_names(sequence, last)
-        for index in range(first, last):
-            self._name(sequence.page_ids[index], names[index])
+    def register(self, sequence: Sequence, token_ids: Int32Array, start: int, end: int) -> None:
+        """Name the pages that tokens ``start`` to ``end - 1`` of ``token_ids``, computed now, have filled."""
+        if self.enabled:
+            first, last = start // self.block_size, end // self.block_size
+            names = self._page_names(sequence, token_ids, last)
+            for index in range(first, last):
+                self._name(sequence.page_ids[index], names[index])
 
     def forget(self, sequence: Sequence) -> None:
         """Take away the names of the pages that only this sequence has."""
@@ -172,14 +170,13 @@ class PrefixCache:
         del self._pages[self._names.pop(page)]
         self.pool.forget(page)
 
-    def _page_names(self, sequence: Sequence, num_pages: int) -> list[bytes]:
+    def _page_names(self, sequence: Sequence, token_ids: Int32Array, num_pages: int) -> list[bytes]:
         names = sequence.page_hashes
         if len(names) < num_pages:
-            size = self.block_size
-            start = len(names) * size
-            tokens = np.asarray(sequence.token_ids[start : num_pages * size], dtype=np.uint32).tobytes()
+            size = self.block_size * token_ids.itemsize
+            tokens = token_ids[len(names) * self.block_size : num_pages * self.block_size].tobytes()
             previous = names[-1] if names else blake2b(sequence.request.cache_salt.encode(), digest_size=16).digest()
-            for offset in range(0, len(tokens), size * 4):
-                previous = blake2b(previous + tokens[offset : offset + size * 4], digest_size=16).digest()
+            for offset in range(0, len(tokens), size):
+                previous = blake2b(previous + tokens[offset : offset + size], digest_size=16).digest()
                 names.append(previous)
         return names[:num_pages]

@@ -1,8 +1,9 @@
 """Decides what each step computes. Knows neither torch nor gRPC: it is tested with plain numbers.
 
-Running sequences come first, oldest first; each decode row gets its token, then prefill chunks share what is left of
-the token budget, then waiting sequences are admitted. When pages run out, the newest running sequence is preempted:
-its pages go to the prefix cache, and it waits to be admitted again with the tokens it has.
+Rows that decode come first and get a token each; they are arrays (``row_table``), and only where a row needs a page is
+its sequence looked at. Then prefill chunks, oldest first, share what is left of the token budget, then waiting
+sequences are admitted. When pages run out, the newest running sequence is preempted: its pages go to the prefix cache,
+and it waits to be admitted again with the tokens it has; one still in flight will be sampled again.
 
 Pages are released as soon as a sequence ends, though a launched step may still write to them: steps run in order, so
 whoever gets such a page writes it, and reads it, in a later step.
@@ -12,15 +13,28 @@ from __future__ import annotations
 
 import time
 from bisect import insort
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from itertools import count
 
 import numpy as np
+from numpy.typing import NDArray
 
 from weft_backend.block_pool import BlockPool
 from weft_backend.prefix_cache import PageMove, PrefixCache
+from weft_backend.row_table import IndexArray, RowTable
 from weft_backend.sequence import Request, Sequence, Status
-from weft_backend.step import FinishCode, PageMoves, SequenceOutput, StepPlan, StepResult, TokenLogprobs
+from weft_backend.step import (
+    BoolArray,
+    FinishCode,
+    Int32Array,
+    PageMoves,
+    SequenceOutput,
+    StepOutput,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 from weft_backend.waiting_queue import WaitingQueue
 
 
@@ -39,16 +53,30 @@ class SchedulerLoad:
     num_preemptions: int
 
 
-PlannedRow = tuple[Sequence, int, int, bool]  # and the first token computed, how many, and whether it samples
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens of one sequence that a step computes, and whether its last gives a new token."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is as one token of a row that decodes."""
+        return self.samples and self.num_tokens == 1
 
 
 @dataclass(slots=True)
 class Draft:
     """A plan in the making."""
 
+    step: int
     budget: int
-    decodes: list[PlannedRow] = field(default_factory=list)  # one token each, which gives another
-    chunks: list[PlannedRow] = field(default_factory=list)
+    rows: IndexArray = field(default_factory=lambda: np.zeros(0, np.intp))  # that decode
+    positions: Int32Array = field(default_factory=lambda: np.zeros(0, np.int32))  # of their tokens computed now
+    chunks: list[Chunk] = field(default_factory=list)
     new_rows: list[Sequence] = field(default_factory=list)
     page_updates: list[tuple[int, int, int]] = field(default_factory=list)
     swap_in: list[PageMove] = field(default_factory=list)
@@ -56,8 +84,8 @@ class Draft:
     new_forks: list[Sequence] = field(default_factory=list)  # queued only after this plan computes their prompt
 
     def num_computed_before(self, sequence: Sequence) -> int:
-        """The sequence's tokens that earlier plans compute."""
-        starts = (start for other, start, _, _ in (*self.decodes, *self.chunks) if other is sequence)
+        """The sequence's tokens, up to those with which it took its row, that earlier plans compute."""
+        starts = (chunk.start for chunk in self.chunks if chunk.sequence is sequence)
         return next(starts, sequence.num_computed_tokens)
 
 
@@ -89,9 +117,8 @@ class Scheduler:
         self.pool = BlockPool(num_pages)
         self.cache = PrefixCache(self.pool, block_size, num_swap_pages, enable_prefix_caching)
         self.waiting = WaitingQueue()
-        self.running: list[Sequence] = []  # oldest first
-        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-        self._max_num_seqs = max_num_seqs
+        self.rows = RowTable(max_num_seqs, max_model_len)
+        self._prefills: list[Sequence] = []  # those that run and have tokens left to compute, oldest first
         self._num_steps = 0
         self._arrivals = count()
         self._num_prompt_tokens = 0
@@ -105,7 +132,7 @@ class Scheduler:
         """Queue a request; its prompt and max_tokens must fit max_model_len."""
         request.arrival = next(self._arrivals)
         prompt = request.prompt_token_ids
-        request.sequences = [Sequence(request, choice, list(prompt)) for choice in range(request.sampling.n)]
+        request.sequences = [Sequence(request, choice, prompt) for choice in range(request.sampling.n)]
         self._num_prompt_tokens += len(prompt)
         self.waiting.push(request.sequences[0])
 
@@ -117,7 +144,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a sequence waits or runs."""
-        return bool(self.running) or len(self.waiting) > 0
+        return self.rows.num_taken > 0 or len(self.waiting) > 0
 
     @property
     def num_queued_tokens(self) -> int:
@@ -126,11 +153,10 @@ class Scheduler:
 
     def load(self) -> SchedulerLoad:
         """Counts as they are now."""
-        running = sum(sequence.num_uncomputed_tokens for sequence in self.running if sequence.num_uncomputed_tokens > 1)
         return SchedulerLoad(
-            num_running=len(self.running),
+            num_running=self.rows.num_taken,
             num_waiting=len(self.waiting),
-            queued_uncached_tokens=self.waiting.num_tokens + running,
+            queued_uncached_tokens=self.waiting.num_tokens + sum(s.num_uncomputed_tokens for s in self._prefills),
             free_pages=self.pool.num_free,
             total_pages=self.pool.num_pages,
             num_prompt_tokens=self._num_prompt_tokens,
@@ -147,48 +173,39 @@ class Scheduler:
         """Raises AssertionError if anything is still held though no sequence waits or runs."""
         assert not self.has_work, "sequences are left"
         assert self.pool.num_free == self.pool.num_pages, f"{self.pool.num_pages - self.pool.num_free} pages leaked"
-        assert len(self._free_rows) == self._max_num_seqs, "rows leaked"
 
     # A step's beginning
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None if nothing can be computed now."""
-        draft = Draft(self.max_num_batched_tokens)
+        draft = Draft(self._num_steps + 1, self.max_num_batched_tokens)
         num_preemptions = self._num_preemptions
-        self._continue_running(draft)
+        self._decode(draft)
+        self._continue_prefills(draft)
         if self._num_preemptions == num_preemptions:
             self._admit_waiting(draft)
         for sequence in draft.new_forks:
             self.waiting.push(sequence)
-        return self._plan(draft) if draft.decodes or draft.chunks else None
+        return self._plan(draft) if len(draft.rows) or draft.chunks else None
 
-    def _continue_running(self, draft: Draft) -> None:
-        """Give running sequences their next tokens, oldest first; prefill chunks leave a token to each decode row."""
-        num_uncomputed = [sequence.num_uncomputed_tokens for sequence in self.running]
-        num_decodes = num_uncomputed.count(1)
-        for sequence, num_tokens in zip(list(self.running), num_uncomputed, strict=True):
-            if sequence.status is not Status.RUNNING:
-                break  # preempted for an older one, and so are all after it
-            num_decodes -= num_tokens == 1
-            num_tokens = min(num_tokens, draft.budget - num_decodes)
-            if num_tokens <= 0:
-                continue
-            num_missing = self._num_pages(sequence.num_computed_tokens + num_tokens) - len(sequence.page_ids)
-            if num_missing <= 0 or self._grow(sequence, num_missing, draft):
-                self._compute(sequence, num_tokens, draft)
-
-    def _grow(self, sequence: Sequence, num_pages: int, draft: Draft) -> bool:
-        """Give the sequence more pages; False if it was preempted for want of them."""
-        for _ in range(num_pages):
-            while self.pool.num_free == 0:
-                newest = self.running[-1]
-                self._preempt(newest)
-                if newest is sequence:
-                    return False
+    def _decode(self, draft: Draft) -> None:
+        """Give each row that decodes its next token, and a page if its last is full; for want of pages, preempt."""
+        rows, positions, full = self._decoding()
+        while len(full) > self.pool.num_free:
+            self._preempt(max(self.rows.sequences, key=lambda sequence: sequence.order))
+            rows, positions, full = self._decoding()
+        for sequence in self.rows.sequences_of(full):
             page = self.cache.allocate()
             draft.page_updates.append((sequence.row, len(sequence.page_ids), page))
             sequence.page_ids.append(page)
-        return True
+        self.rows.plan_tokens(rows, positions)
+        draft.rows, draft.positions = rows, positions
+        draft.budget -= len(rows)
+
+    def _decoding(self) -> tuple[IndexArray, Int32Array, IndexArray]:
+        """The rows that decode, their next positions, and those of the rows whose pages have no room for them."""
+        rows, positions = self.rows.decoding()
+        return rows, positions, rows[positions % self.block_size == 0]
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's row and pages; it goes on later, from what the prefix cache has kept."""
@@ -197,40 +214,43 @@ class Scheduler:
         sequence.request.num_preemptions += 1
         self.waiting.push(sequence)
 
-    def _compute(self, sequence: Sequence, num_tokens: int, draft: Draft) -> None:
-        """Put the sequence's next tokens into the step."""
+    def _continue_prefills(self, draft: Draft) -> None:
+        self._prefills = [sequence for sequence in self._prefills if not self._compute(sequence, draft)]
+
+    def _compute(self, sequence: Sequence, draft: Draft) -> bool:
+        """Put as many of a sequence's tokens into the step as it has room for; whether none is left."""
+        num_tokens = min(sequence.num_uncomputed_tokens, draft.budget)
+        if num_tokens == 0:
+            return False
         start = sequence.num_computed_tokens
-        end = start + num_tokens
-        samples = end == sequence.num_tokens < sequence.max_len
-        rows = draft.decodes if samples and num_tokens == 1 else draft.chunks
-        rows.append((sequence, start, num_tokens, samples))
+        end = sequence.num_computed_tokens = start + num_tokens
         draft.budget -= num_tokens
-        sequence.num_computed_tokens = end
-        sequence.num_steps_in_flight += 1
-        sequence.num_tokens += samples
+        is_last = end == len(sequence.token_ids)
+        draft.chunks.append(Chunk(sequence, start, num_tokens, is_last and sequence.samples))
+        if is_last and sequence.samples:
+            self.rows.start_decoding(sequence.row)
         request = sequence.request
         if start < request.prompt_len <= end and sequence.choice == 0:
             draft.new_forks += [fork for fork in request.sequences if fork.status is Status.NEW]
+        return is_last
 
     def _admit_waiting(self, draft: Draft) -> None:
         """Start waiting sequences while there are rows, pages and budget."""
-        while draft.budget > 0 and self._free_rows and (sequence := self.waiting.peek()):
-            if sequence.num_steps_in_flight > 0:
-                break  # preempted a moment ago: its last token is still to come
+        while draft.budget > 0 and self.rows.num_free and (sequence := self.waiting.peek()):
             if not (self._fork(sequence, draft) or self._start(sequence, draft)):
                 break
             self.waiting.discard(sequence)
             sequence.status = Status.RUNNING
-            sequence.row = self._free_rows.pop()
-            insort(self.running, sequence, key=lambda other: other.order)
+            self.rows.enter(sequence, draft.step)
             draft.new_rows.append(sequence)
             draft.page_updates += [(sequence.row, column, page) for column, page in enumerate(sequence.page_ids)]
-            self._compute(sequence, min(sequence.num_uncomputed_tokens, draft.budget), draft)
+            if not self._compute(sequence, draft):
+                insort(self._prefills, sequence, key=lambda other: other.order)
 
     def _start(self, sequence: Sequence, draft: Draft) -> bool:
         """Give a waiting sequence its cached pages and new ones for all its tokens; False if there are too few."""
         match = self.cache.match(sequence)
-        num_pages = self._num_pages(sequence.num_tokens)
+        num_pages = self._num_pages(len(sequence.token_ids))
         num_idle = sum(self.pool.num_references(page) == 0 for page in match.device_pages)
         if not self._has_room(num_pages - len(match.device_pages) + num_idle):
             return False
@@ -247,7 +267,7 @@ class Scheduler:
     def _fork(self, sequence: Sequence, draft: Draft) -> bool:
         """Begin a choice from the first choice's prompt pages, of which only a partial last one is copied."""
         first, prompt_len = sequence.request.sequences[0], sequence.request.prompt_len
-        begins = sequence is not first and sequence.num_tokens == prompt_len
+        begins = sequence is not first and len(sequence.token_ids) == prompt_len
         if not (begins and first.status is Status.RUNNING and draft.num_computed_before(first) >= prompt_len - 1):
             return False
         if not self._has_room(1):
@@ -263,80 +283,77 @@ class Scheduler:
 
     def _has_room(self, num_pages: int) -> bool:
         """Whether so many pages leave one for each running sequence to grow into; else admission would soon preempt."""
-        return num_pages + len(self.running) <= self.pool.num_free
+        return num_pages + self.rows.num_taken <= self.pool.num_free
 
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
     def _plan(self, draft: Draft) -> StepPlan:
         """The draft as arrays, decode rows first."""
-        sequences, starts, query_lens, samples = zip(*draft.decodes, *draft.chunks, strict=True)
-        moves = PageMoves(_pairs(self.cache.take_swap_out()), _pairs(draft.swap_in), _pairs(draft.copy))
-        self._num_steps += 1
+        chunks = sorted(draft.chunks, key=lambda chunk: not chunk.is_decode)
+        rows = [chunk.sequence.row for chunk in chunks]
+        num_decodes = len(draft.rows)
+        swap_out = self.cache.take_swap_out()
+        self._num_steps = draft.step
         return StepPlan(
-            step=self._num_steps,
-            sequences=list(sequences),
-            rows=np.array([sequence.row for sequence in sequences], dtype=np.int32),
-            start_positions=np.array(starts, dtype=np.int32),
-            query_lens=np.array(query_lens, dtype=np.int32),
-            num_decode_rows=len(draft.decodes),
-            samples=np.array(samples, dtype=np.bool_),
+            step=draft.step,
+            sequences=self.rows.sequences_of(draft.rows) + [chunk.sequence for chunk in chunks],
+            rows=_joined(draft.rows, rows),
+            start_positions=_joined(draft.positions, [chunk.start for chunk in chunks]),
+            query_lens=_joined(np.ones(num_decodes, np.int32), [chunk.num_tokens for chunk in chunks]),
+            num_decode_rows=num_decodes + sum(chunk.is_decode for chunk in chunks),
+            samples=np.array([True] * num_decodes + [chunk.samples for chunk in chunks]),
             new_rows=draft.new_rows,
-            page_updates=np.array(draft.page_updates, dtype=np.int32).reshape(-1, 3),
-            page_moves=moves,
+            page_updates=_table(draft.page_updates, 3),
+            page_moves=PageMoves(*(_table(moves, 2) for moves in (swap_out, draft.swap_in, draft.copy))),
         )
 
     # A step's end
 
-    def retire(self, plan: StepPlan, result: StepResult) -> list[SequenceOutput]:
-        """Take in a step's tokens. Sequences that ended since the step was planned get nothing."""
-        outputs = []
-        columns = zip(
-            plan.sequences,
-            plan.start_positions.tolist(),
-            plan.query_lens.tolist(),
-            plan.samples.tolist(),
-            result.token_ids.tolist(),
-            result.finish_codes.tolist(),
-            strict=True,
-        )
-        block_size = self.block_size
-        for index, (sequence, start, query_len, samples, token, code) in enumerate(columns):
-            sequence.num_steps_in_flight -= 1
-            if sequence.status is Status.FINISHED:
-                continue
-            end = start + query_len
-            if code == FinishCode.NAN:
-                self.cache.forget(sequence)
-            elif start // block_size != end // block_size:
-                self.cache.register(sequence, start, end)
-            output = SequenceOutput(sequence, [], len(sequence.token_ids) - sequence.request.num_prompt_tokens)
-            if result.prompt_logprobs:
-                scores = result.prompt_logprobs.get(index)
-                output.prompt_start, output.prompt_logprobs = self._unseen(sequence, start, query_len, scores)
-            if samples:
-                output.logprobs = result.logprobs.get(index)
-                self._append(output, token, code)
-            elif end == sequence.num_tokens >= sequence.max_len:  # max_tokens is 0
-                output.finish = FinishCode.LENGTH
-                self._end(sequence)
-            elif output.prompt_logprobs is None:
-                continue
-            outputs.append(output)
-        return outputs
+    def retire(self, plan: StepPlan, result: StepResult) -> StepOutput:
+        """Take in a step's tokens. Sequences that left their row since the step was planned get nothing."""
+        rows, ends = plan.rows.astype(np.intp), plan.start_positions + plan.query_lens
+        present = self.rows.present(rows, plan.step)
+        only_computed = ~plan.samples & (ends == self.rows.num_tokens[rows])  # max_tokens is 0
+        codes = np.where(only_computed, FinishCode.LENGTH, result.finish_codes)
+        sound = present & (codes != FinishCode.NAN)
+        if self.cache.enabled:
+            self._name_pages(rows, plan.start_positions, ends, sound)
+        sampled = sound & plan.samples
+        tokens = self.rows.append(rows[sampled], ends[sampled], result.token_ids[sampled])
+        self._num_generated_tokens += tokens.shape[1]
+        self._note_first_tokens(rows[sampled], ends[sampled])
+        special = {*codes.nonzero()[0].tolist(), *result.logprobs, *result.prompt_logprobs}
+        places = np.where(sampled, sampled.cumsum() - 1, -1) if special else sampled
+        others = [
+            self._output(plan, result, index, FinishCode(codes[index]), int(places[index]))
+            for index in sorted(special)
+            if present[index]
+        ]
+        return StepOutput(plan.step, tokens, others)
 
-    def _append(self, output: SequenceOutput, token: int, code: int) -> None:
-        """Add a sampled token to its sequence, and end the sequence if that was its last."""
-        sequence = output.sequence
-        if sequence.request.first_token_time is None:
-            sequence.request.first_token_time = time.monotonic()
-        if code != FinishCode.NAN:
-            sequence.token_ids.append(token)
-            output.token_ids.append(token)
-            self._num_generated_tokens += 1
-        if code:
-            output.finish = FinishCode(code)
+    def _name_pages(self, rows: IndexArray, starts: Int32Array, ends: Int32Array, sound: BoolArray) -> None:
+        """Let the pages be found that the sound rows have filled."""
+        filled = sound & (starts // self.block_size != ends // self.block_size)
+        columns = (rows[filled].tolist(), starts[filled].tolist(), ends[filled].tolist())
+        for row, start, end in zip(*columns, strict=True):
+            self.cache.register(self.rows.sequence(row), self.rows.token_ids(row), start, end)
+
+    def _note_first_tokens(self, rows: IndexArray, positions: Int32Array) -> None:
+        for sequence in self.rows.first_tokens(rows, positions):
+            if sequence.request.first_token_time is None:
+                sequence.request.first_token_time = time.monotonic()
+
+    def _output(self, plan: StepPlan, result: StepResult, index: int, finish: FinishCode, place: int) -> SequenceOutput:
+        """What a row of the plan gave beside a token; ends its sequence if that was its last."""
+        sequence = self.rows.sequence(int(plan.rows[index]))
+        start, query_len = int(plan.start_positions[index]), int(plan.query_lens[index])
+        scores = self._unseen(sequence, start, query_len, result.prompt_logprobs.get(index))
+        if finish is FinishCode.NAN:
+            self.cache.forget(sequence)
+        if finish is not FinishCode.RUNNING:
             self._end(sequence)
+        return SequenceOutput(sequence, place, finish, result.logprobs.get(index), *scores)
 
     def _unseen(
         self, sequence: Sequence, start: int, query_len: int, scores: TokenLogprobs | None
@@ -351,10 +368,10 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         """Take a running sequence's row and pages."""
-        self.running.remove(sequence)
-        self._free_rows.append(sequence.row)
+        if sequence in self._prefills:
+            self._prefills.remove(sequence)
+        self.rows.leave(sequence)
         self.pool.release(sequence.page_ids)
-        sequence.row = -1
         sequence.page_ids = []
         sequence.num_computed_tokens = 0
 
@@ -366,5 +383,9 @@ class Scheduler:
         sequence.status = Status.FINISHED
 
 
-def _pairs(moves: list[PageMove]) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
-    return np.array(moves, dtype=np.int32).reshape(-1, 2)
+def _joined(array: NDArray[np.signedinteger], values: list[int]) -> Int32Array:
+    return np.append(array, values).astype(np.int32) if values else array.astype(np.int32)
+
+
+def _table(rows: Items[tuple[int, ...]], num_columns: int) -> Int32Array:
+    return np.array(rows, np.int32).reshape(-1, num_columns)

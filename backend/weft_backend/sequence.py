@@ -1,13 +1,16 @@
 """Requests and sequences: what the scheduler schedules. Knows neither torch nor protobuf services.
 
 A *request* is what a frontend submitted. It has ``n`` *sequences*, one per choice; each holds its tokens, the pages
-that hold their keys and values, and, while it runs, a row of the batch.
+that hold their keys and values, and, while it runs, a row of the batch (``row_table``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class Request:
     session: int
     slot: int
     request_id: str
-    prompt_token_ids: list[int]  # num_resumed_tokens of earlier attempts at the end
+    prompt_token_ids: NDArray[np.int32]  # never changed; num_resumed_tokens of earlier attempts at the end
     sampling: Sampling
     num_resumed_tokens: int = 0
     priority: int = 0  # smaller runs first
@@ -77,39 +80,39 @@ class Request:
 class Sequence:
     """One choice of a request.
 
-    ``num_tokens`` counts the tokens there will be, and ``num_computed_tokens`` those whose keys and values will be in
-    the cache, *once every launched step is done*: the scheduler raises both when it plans a step, before the step's
-    token is known. They are fields, not sums, because the scheduler reads them for every row of every step.
+    What changes with every token is in the row table while the sequence has a row: ``token_ids`` are then those with
+    which it took the row, all of which are to be computed before it samples the next.
     """
 
     request: Request
     choice: int
-    token_ids: list[int]  # prompt and generated, as far as retired
+    token_ids: NDArray[np.int32]  # prompt and generated; never changed in place
     page_ids: list[int] = field(default_factory=list)
     page_hashes: list[bytes] = field(default_factory=list)  # of its full pages, as far as they were needed
-    num_tokens: int = field(init=False)
-    num_computed_tokens: int = 0
-    num_steps_in_flight: int = 0  # planned steps that are not retired
-    max_len: int = field(init=False)  # prompt and max_tokens
-    compute_len: int = field(init=False)  # tokens to compute in the end: the last of max_len is only sampled
+    num_computed_tokens: int = 0  # of token_ids: those in the cache once every planned step is done
     row: int = -1  # -1: has none
     num_scored_tokens: int = 0  # prompt tokens whose log-probabilities were put out
     status: Status = Status.NEW
 
-    def __post_init__(self) -> None:
-        self.num_tokens = len(self.token_ids)
-        self.max_len = self.request.num_prompt_tokens + self.request.sampling.max_tokens
-        self.compute_len = max(self.max_len - 1, self.request.prompt_len)
+    @property
+    def max_len(self) -> int:
+        """Tokens of the prompt and max_tokens."""
+        return self.request.num_prompt_tokens + self.request.sampling.max_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether a token follows those of ``token_ids``."""
+        return len(self.token_ids) < self.max_len
 
     @property
     def num_generated_tokens(self) -> int:
-        """Tokens generated and retired, those of earlier attempts included."""
+        """Tokens generated and retired before it took its row, or until it ended; earlier attempts' included."""
         return len(self.token_ids) - self.request.num_prompt_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens to compute now, one in flight included."""
-        return min(self.num_tokens, self.compute_len) - self.num_computed_tokens
+        """Those of ``token_ids`` that no step so far computes."""
+        return len(self.token_ids) - self.num_computed_tokens
 
     @property
     def order(self) -> tuple[int, int, int]:

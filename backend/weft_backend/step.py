@@ -45,7 +45,7 @@ class StepPlan:
     """One engine step over ``B`` rows: decode rows (one token each) first, then prefill chunks."""
 
     step: int
-    sequences: list[Sequence]  # [B], for retiring
+    sequences: list[Sequence]  # [B]
     rows: Int32Array  # [B]
     start_positions: Int32Array  # [B] position of the first token computed now
     query_lens: Int32Array  # [B] tokens computed now; 1 for decode rows
@@ -93,14 +93,22 @@ class StepResult:
     # prompt token at start_positions[i] + t + 1; T = query_len, or one less in the chunk that ends the prompt
 
 
-@dataclass(slots=True)  # not frozen: that triples the cost of making one, and one is made for every token
+@dataclass(frozen=True, slots=True)
 class SequenceOutput:
-    """What a retired step gave one live sequence."""
+    """What a retired step gave one live sequence beside a token: its end, log-probabilities."""
 
     sequence: Sequence
-    token_ids: list[int]  # new tokens; empty for a prefill chunk that only scored prompt tokens
-    token_index: int  # position of the first of them among the sequence's generated tokens
+    place: int  # of its token in the step's columns; -1: it has none
     finish: FinishCode = FinishCode.RUNNING
     logprobs: TokenLogprobs | None = None
     prompt_start: int = 0  # position of the first prompt token that prompt_logprobs scores
     prompt_logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a retired step gave the live sequences: a token to most, as columns, and more than that to a few."""
+
+    step: int
+    tokens: Int32Array  # [5, N]: session, slot, choice, index among the sequence's generated tokens, token id
+    others: list[SequenceOutput]

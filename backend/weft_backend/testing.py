@@ -41,7 +41,7 @@ TOKENIZER_FILES = {"tokenizer.json": b'{"fake": true}' * 1000, "tokenizer_config
 def fake_token(request: Request, choice: int, index: int) -> int:
     """The token that ``FakeRunner`` generates at an index of a choice; never EOS_TOKEN or one with an effect."""
     prompt = request.prompt_token_ids[: request.num_prompt_tokens]
-    return (sum(prompt) + 101 * choice + 7 * index) % 900
+    return (int(sum(prompt)) + 101 * choice + 7 * index) % 900
 
 
 class FakeRunner:
@@ -49,7 +49,7 @@ class FakeRunner:
 
     def launch(self, plan: StepPlan) -> StepPlan:
         """Do what the prompts' tokens ask for."""
-        prompt_tokens = {token for sequence in plan.sequences for token in sequence.request.prompt_token_ids}
+        prompt_tokens = {token for sequence in plan.sequences for token in sequence.request.prompt_token_ids.tolist()}
         if CRASH_TOKEN in prompt_tokens:
             raise RuntimeError("device-side assert")
         if EXIT_TOKEN in prompt_tokens:

@@ -18,7 +18,7 @@ from weft_backend.channel import EngineChannel, Kind, Message, Splitter, encode
 from weft_backend.config import EngineConfig
 from weft_backend.engine import Engine
 from weft_backend.errors import ChannelClosed
-from weft_backend.frames import FrameBuilder
+from weft_backend.frames import StepFrames
 from weft_backend.step import SequenceOutput
 from weft_backend.testing import build_fake_engine, fake_token
 
@@ -225,15 +225,15 @@ def test_an_error_in_finishing_a_request_ends_it_alone(io: IoSide, caplog: pytes
 def test_a_failure_follows_the_tokens_of_the_requests_other_choices(
     io: IoSide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = FrameBuilder.add
+    add = StepFrames.add
 
-    def add_but_choice_1(frame: FrameBuilder, output: SequenceOutput) -> None:
+    def add_but_choice_1(frames: StepFrames, output: SequenceOutput) -> None:
         if output.sequence.choice == 1:
             raise ValueError("no good")
-        add(frame, output)
+        add(frames, output)
 
-    monkeypatch.setattr(FrameBuilder, "add", add_but_choice_1)
-    io.submit(0, token_request([5], n=2))
+    monkeypatch.setattr(StepFrames, "add", add_but_choice_1)
+    io.submit(0, token_request([5], n=2, logprobs=0))
     io.read_until_ended(1)
     io.submit(1, token_request([5], max_tokens=2))
     io.read_until_ended(2)

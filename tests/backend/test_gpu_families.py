@@ -132,7 +132,7 @@ def scores_of(request: Request, outputs: list[SequenceOutput]) -> dict[int, Toke
                 part = output.prompt_logprobs.after(offset)
                 scores[output.prompt_start + offset] = part
         if output.logprobs is not None:
-            scores[request.prompt_len + output.token_index] = output.logprobs
+            scores[len(scores) + 1] = output.logprobs  # of every position from 1 on
     return scores
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from weft_backend.scheduler import Scheduler
 from weft_backend.sequence import Request, Sampling
-from weft_backend.step import FinishCode, SequenceOutput, StepPlan, StepResult
+from weft_backend.step import FinishCode, StepOutput, StepPlan, StepResult
 
 STOP_TOKEN = 7
 
@@ -39,7 +39,7 @@ class SimulatedDevice:
         for source, target in moves.copy:
             self.pages[target] = self.pages[source]
         for sequence in plan.new_rows:
-            self.tokens[sequence.row] = list(sequence.token_ids)
+            self.tokens[sequence.row] = sequence.token_ids.tolist()
             self.salts[sequence.row] = sequence.request.cache_salt
             self.limits[sequence.row] = sequence.request.num_prompt_tokens + sequence.request.sampling.max_tokens
         for row, column, page in plan.page_updates:
@@ -107,28 +107,33 @@ class Drive:
         self, slot: int, prompt: list[int], max_tokens: int = 8, priority: int = 0, salt: str = "", n: int = 1
     ) -> Request:
         sampling = Sampling(max_tokens=max_tokens, n=n)
-        request = Request(0, slot, f"r{slot}", prompt, sampling, priority=priority, cache_salt=salt)
+        request = Request(0, slot, f"r{slot}", np.array(prompt, np.int32), sampling, priority=priority, cache_salt=salt)
         self.scheduler.add(request)
         return request
 
-    def step(self) -> list[SequenceOutput]:
+    def step(self) -> None:
         plan = self.scheduler.schedule()
         if plan is not None:
             assert plan.num_tokens <= self.scheduler.max_num_batched_tokens
             self.plans.append(plan)
             self.in_flight.append((plan, self.device.run(plan)))
-        outputs: list[SequenceOutput] = []
         while len(self.in_flight) > (self.depth if plan else 0):
-            outputs += self.scheduler.retire(*self.in_flight.popleft())
-        for output in outputs:
-            key = output.sequence.request.slot, output.sequence.choice
-            tokens = self.outputs.setdefault(key, [])
-            assert output.token_index == len(tokens) or not output.token_ids
-            tokens += output.token_ids
-            if output.finish is not FinishCode.RUNNING:
+            self.keep(self.scheduler.retire(*self.in_flight.popleft()))
+
+    def keep(self, output: StepOutput) -> None:
+        for _, slot, choice, index, token in output.tokens.T.tolist():
+            assert (slot, choice) not in self.finishes, "a token after the end"
+            tokens = self.outputs.setdefault((slot, choice), [])
+            assert index == len(tokens)
+            tokens.append(token)
+        for other in output.others:
+            key = other.sequence.request.slot, other.sequence.choice
+            self.outputs.setdefault(key, [])
+            if other.place >= 0:
+                assert tuple(output.tokens[1:3, other.place]) == key
+            if other.finish is not FinishCode.RUNNING:
                 assert key not in self.finishes, "two ends"
-                self.finishes[key] = output.finish
-        return outputs
+                self.finishes[key] = other.finish
 
     def run(self, max_steps: int = 2000) -> None:
         for _ in range(max_steps):
@@ -258,8 +263,9 @@ def test_nan_ends_one_sequence_and_its_pages_are_not_matched() -> None:
     plan = drive.scheduler.schedule()
     assert plan is not None
     result = StepResult(plan.step, np.array([3], np.int32), np.array([FinishCode.NAN], np.uint8))
-    outputs = drive.scheduler.retire(plan, result)
-    assert [(output.token_ids, output.finish) for output in outputs] == [([], FinishCode.NAN)]
+    output = drive.scheduler.retire(plan, result)
+    assert output.tokens.shape == (5, 0)
+    assert [(other.place, other.finish) for other in output.others] == [(-1, FinishCode.NAN)]
     drive.scheduler.check_idle()
     again = drive.add(1, [9] * 12)
     drive.run()
