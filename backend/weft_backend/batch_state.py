@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import torch
@@ -91,7 +90,7 @@ class BatchState:
         rows, ends, token_ids, floats, ints, seeds, stop_ids = uploader.upload(
             np.array([sequence.row for sequence in sequences], np.int32),
             np.cumsum(lens, dtype=np.int32),
-            np.fromiter(chain.from_iterable(sequence.token_ids for sequence in sequences), np.int32, int(lens.sum())),
+            np.concatenate([sequence.token_ids for sequence in sequences], dtype=np.int32),
             np.array([_floats(sequence) for sequence in sequences], np.float32).T,
             np.array([self._lengths(sequence) for sequence in sequences], np.int32).T,
             np.array([stream_seed(s.request.sampling.seed, s.choice) for s in sequences], np.int64),
