@@ -10,6 +10,7 @@ import contextlib
 import select
 import socket
 import struct
+import threading
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -69,27 +70,33 @@ class Splitter:
 
 
 class EngineChannel:
-    """The engine's end. It never blocks but in ``receive(wait=True)``: what the socket does not take is kept."""
+    """The engine's end. It never blocks but in ``receive(wait=True)``: what the socket does not take is kept.
+
+    Any thread may send, for a last word; one receives.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._splitter = Splitter()
         self._unsent = bytearray()
+        self._lock = threading.Lock()  # of what is unsent
 
     def send(self, kind: Kind, session: int = 0, payload: bytes = b"") -> None:
         """Queue a message; ``flush`` or ``receive`` sends it."""
-        self._unsent += encode(kind, session, payload)
+        with self._lock:
+            self._unsent += encode(kind, session, payload)
 
     def flush(self) -> None:
         """Send what the socket takes now. Raises ChannelClosed."""
-        try:
-            while self._unsent:
-                del self._unsent[: self._sock.send(self._unsent)]
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            raise ChannelClosed from error
+        with self._lock:
+            try:
+                while self._unsent:
+                    del self._unsent[: self._sock.send(self._unsent)]
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                raise ChannelClosed from error
 
     def receive(self, *, wait: bool) -> list[Message]:
         """Messages that have arrived; with ``wait``, at least one. Raises ChannelClosed."""
@@ -118,7 +125,8 @@ class EngineChannel:
 
     def close(self) -> None:
         """Send what is left, for at most two seconds, and close."""
-        self._sock.settimeout(2)
-        with contextlib.suppress(OSError):  # nobody may be reading any more
-            self._sock.sendall(self._unsent)
-        self._sock.close()
+        with self._lock:
+            self._sock.settimeout(2)
+            with contextlib.suppress(OSError):  # nobody may be reading any more
+                self._sock.sendall(self._unsent)
+            self._sock.close()
