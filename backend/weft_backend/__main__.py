@@ -50,7 +50,7 @@ _NO_REMOTE_CODE = (
 @click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True, help="Keep the KV cache of prompts.")
 @click.option("--enforce-eager", is_flag=True, help="Use no CUDA graphs.")
 @click.option("--seed", type=int, help="Seed of requests that name none, and of dummy weights.  [default: drawn; 0]")
-@click.option("--tensor-parallel-size", default=1, help="GPUs per model; only 1 so far.")
+@click.option("--tensor-parallel-size", default=1, help="GPUs that share the model.")
 @click.option("--drain-timeout", default=30.0, help="Seconds that running requests get at SIGTERM.")
 @click.option("--watchdog-timeout", default=60.0, help="Seconds without a step after which the engine is ended.")
 @click.option("--trust-remote-code", is_flag=True, hidden=True)

@@ -36,16 +36,11 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     enforce_eager: bool = False  # no CUDA graphs
     seed: int | None = None  # of requests that name none, and of dummy weights; None: drawn, and 0 for the weights
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int = 1  # GPUs, or processes on the CPU, that share the model
 
     def __post_init__(self) -> None:
-        if self.tensor_parallel_size != 1:
-            raise StartupError(
-                f"--tensor-parallel-size {self.tensor_parallel_size}: only 1 is supported; "
-                "start one backend per GPU instead and give the frontend all of them"
-            )
         _check(self, "gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "in (0, 1]")
-        for name in ("num_pages", "max_num_seqs", "max_queued_tokens"):
+        for name in ("num_pages", "max_num_seqs", "max_queued_tokens", "tensor_parallel_size"):
             _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         # What the attention kernels take; the CPU would take any, but then a setting would not move to a GPU.
         _check(self, "block_size", self.block_size >= 1 and self.block_size.bit_count() == 1, "a power of two")

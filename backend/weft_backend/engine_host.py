@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
@@ -20,7 +21,7 @@ _PR_SET_PDEATHSIG = 1
 def serve(channel_fd: int, build: Callable[[EngineChannel], Engine]) -> int:
     """Build an engine and run it until the I/O process is gone; the exit status."""
     logging.basicConfig(level=logging.INFO, format="weft engine: %(message)s")
-    _follow_parent()
+    follow_parent()
     channel = EngineChannel(socket.socket(fileno=channel_fd))
     try:
         engine = build(channel)
@@ -37,13 +38,18 @@ def serve(channel_fd: int, build: Callable[[EngineChannel], Engine]) -> int:
     raise AssertionError("an engine runs until it is ended")
 
 
+def end_now(channel: EngineChannel, last_words: str) -> None:
+    """End the process from any thread, whatever the others do."""
+    os._exit(_end(channel, last_words))
+
+
 def _end(channel: EngineChannel, last_words: str) -> int:
     channel.send(Kind.FATAL, payload=last_words.encode())
     channel.close()
     return 1
 
 
-def _follow_parent() -> None:
-    """End with the I/O process, even from inside a hung kernel, where the channel's end is not seen."""
+def follow_parent() -> None:
+    """End with the process that started this one, even from inside a hung kernel, where a pipe's end is not seen."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -7,7 +7,7 @@ this step's tokens stays on the device, in ``BatchState``. On the CPU the same c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ from weft_backend.batch_state import BatchState
 from weft_backend.cuda_graphs import StepGraphs, StepShape
 from weft_backend.kv_cache import KVCache, KVCachePlan, PageShape, num_host_pages, plan_for_cpu, plan_for_cuda
 from weft_backend.largest_step import largest_step
+from weft_backend.layers import SINGLE, TensorParallel
 from weft_backend.sampler import ROWS_AT_ONCE, LogprobTensors, RowExtras, adjust, score_parts
 from weft_backend.step import StepPlan, StepResult, TokenLogprobs
 from weft_backend.step_inputs import MAX_PAGE_UPDATES, Samples, StepInputs
@@ -78,8 +79,10 @@ class ModelRunner:
         enforce_eager: bool = False,
         num_pages: int | None = None,
         may_shorten: bool = False,
+        tp: TensorParallel = SINGLE,
     ) -> None:
-        """Args: ``num_pages`` None takes what fits in memory; ``may_shorten`` lowers ``max_model_len`` to what fits.
+        """Args: ``num_pages`` None takes what fits in the memory of every rank of ``tp``; ``may_shorten`` lowers
+        ``max_model_len`` to what fits.
 
         Raises StartupError if one sequence of ``max_model_len`` tokens does not fit.
         """
@@ -110,6 +113,7 @@ class ModelRunner:
             plan = plan_for_cuda(page_shape, device, gpu_memory_utilization, swap_space)
         else:
             plan = plan_for_cpu(page_shape, max_model_len, max_num_seqs, swap_space)
+        plan = replace(plan, num_pages=tp.least(plan.num_pages))
         self.max_model_len = min(max_model_len, plan.num_tokens) if may_shorten else max_model_len
         plan.check_room(self.max_model_len)
         self._cache = KVCache(page_shape, plan.num_pages, plan.num_host_pages, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,10 +10,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from weft_backend.checkpoint import CheckpointError, weight_files
-from weft_backend.layers import LayerNorm, RMSNorm, Source
+from weft_backend.layers import Source
 
 DUMMY_STD = 0.02
 _FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
@@ -76,12 +76,17 @@ def _copy(file: Path, stored: Any, source: Source) -> None:
         )
 
 
-def fill_with_noise(model: nn.Module, seed: int) -> None:
-    """Draw weights where they lie, for measurements without a checkpoint: norms do nothing, all else is small."""
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, RMSNorm | LayerNorm):
-                parameter.fill_(1.0 if name == "weight" else 0.0)
-            else:
-                parameter.normal_(0.0, DUMMY_STD, generator=generator)
+def fill_with_noise(sources: Iterable[Source], seed: int) -> None:
+    """Draw weights, for measurements without a checkpoint: norms do nothing, all else is small.
+
+    A checkpoint's tensor is drawn whole and by its name, so that ranks hold their shares of one model.
+    """
+    for source in sources:
+        if "norm" in source.name:  # as every family calls them
+            source.target.fill_(0.0 if source.name.endswith(".bias") else 1.0)
+            continue
+        generator = torch.Generator(source.target.device).manual_seed(
+            zlib.crc32(source.name.encode(), seed % (1 << 32))
+        )
+        noise = torch.empty(source.shape, dtype=source.target.dtype, device=source.target.device)
+        source.target.copy_(noise.normal_(0.0, DUMMY_STD, generator=generator)[source.region])

@@ -65,7 +65,7 @@ def test_listen_replaces_host_and_port(parse: Callable[..., BackendConfig]) -> N
     ("args", "says"),
     [
         (["--trust-remote-code"], "never executed"),
-        (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2: only 1 is supported"),
+        (["--tensor-parallel-size", "0"], "--tensor-parallel-size 0: must be at least 1"),
         (["--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization 1.5: must be in (0, 1]"),
         (["--gpu-memory-utilization", "nan"], "--gpu-memory-utilization nan: must be in (0, 1]"),
         (["--block-size", "0"], "--block-size 0: must be a power of two"),

@@ -4,17 +4,19 @@ from weft_backend.layers.attention import Attention
 from weft_backend.layers.embedding import LearnedPositions, VocabParallelEmbedding
 from weft_backend.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
 from weft_backend.layers.norm import LayerNorm, RMSNorm
-from weft_backend.layers.parallel import TensorParallel
+from weft_backend.layers.parallel import SINGLE, PeerSum, TensorParallel
 from weft_backend.layers.parameter import Layer, Source
 from weft_backend.layers.positions import alibi_slopes, rope_table
 
 __all__ = [
+    "SINGLE",
     "Attention",
     "ColumnParallelLinear",
     "Layer",
     "LayerNorm",
     "LearnedPositions",
     "Part",
+    "PeerSum",
     "RMSNorm",
     "RowParallelLinear",
     "Source",

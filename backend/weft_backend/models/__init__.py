@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from weft_backend.config_fields import ConfigError
-from weft_backend.layers import TensorParallel
+from weft_backend.layers import SINGLE, TensorParallel
 from weft_backend.model_config import ModelConfig
 from weft_backend.models.base import Decoder, Model
 from weft_backend.models.llama import LlamaDecoder
@@ -20,7 +20,6 @@ from weft_kernels import ops_for
 __all__ = ["LOAD_FORMATS", "Model", "build_model", "load_model"]
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
-SINGLE = TensorParallel()
 _DECODERS: dict[str, type[Decoder]] = {
     "LlamaForCausalLM": LlamaDecoder,
     "MistralForCausalLM": LlamaDecoder,
@@ -69,7 +68,7 @@ def load_model(
         raise ConfigError("load_format", f"{load_format!r} is not one of {', '.join(LOAD_FORMATS)}")
     model = build_model(config, device, tp)
     if load_format == "dummy":
-        fill_with_noise(model, seed)
+        fill_with_noise(model.sources(), seed)
     else:
         load_weights(model.sources(), path)
     if config.normalized_head:
