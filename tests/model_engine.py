@@ -38,15 +38,15 @@ class ModelEngine:
         max_num_seqs: int = 6,
         max_num_batched_tokens: int = 64,
         max_model_len: int = 128,
+        kv_cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.depth = depth
         self.vocab_size = config.vocab_size
         self.num_prefill_steps = self.num_swapped_in = self.num_copied = 0
         self.outputs: list[SequenceOutput] = []  # of the last run
         page_size = PAGE_SIZES[device.type]
-        shape = PageShape(
-            config.num_layers, config.num_kv_heads, page_size, config.head_dim, getattr(torch, config.dtype)
-        )
+        dtype = kv_cache_dtype or getattr(torch, config.dtype)
+        shape = PageShape(config.num_layers, config.num_kv_heads, page_size, config.head_dim, dtype)
         self.runner = ModelRunner(
             model,
             page_shape=shape,
