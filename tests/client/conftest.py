@@ -123,7 +123,8 @@ def _choices(request: pb.GenerateRequest) -> list[Choice]:
 
 def _messages(choices: list[Choice]) -> Iterator[pb.StreamGenerateResponse]:
     """A token of every choice in each message; the choices of a message are in falling order."""
-    for i in range(max(len(choice.token_ids) for choice in choices)):
+    num_messages = max(len(choice.token_ids) for choice in choices)
+    for i in range(num_messages):
         parts = [
             Choice(
                 index=choice.index,
@@ -135,7 +136,8 @@ def _messages(choices: list[Choice]) -> Iterator[pb.StreamGenerateResponse]:
             for choice in reversed(choices)
             if i < len(choice.token_ids)
         ]
-        yield pb.StreamGenerateResponse(id="1", choices=parts)
+        num_tokens = sum(len(choice.token_ids) for choice in choices) if i == num_messages - 1 else 0
+        yield pb.StreamGenerateResponse(id="1", choices=parts, usage=Usage(completion_tokens=num_tokens))
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def test_serve_needs_something_to_serve_on() -> None:
     assert result.exit_code == 2
 
 
-def test_bench_serve_over_grpc(target: str, tmp_path: Any) -> None:
+def test_bench_serve_over_grpc(target: str, service: Any, tmp_path: Any) -> None:
     file = tmp_path / "out.json"
     result = run(
         "bench",
@@ -89,12 +89,18 @@ def test_bench_serve_over_grpc(target: str, tmp_path: Any) -> None:
         "4",
         "--max-tokens",
         "8",
+        "--prompt-len",
+        "20",
         "--json",
         str(file),
     )
     assert result.exit_code == 0, result.output
-    results = json.loads(file.read_text())
+    (results,) = json.loads(file.read_text())
     assert results["requests"] == 4
+    prompts = [request.request.prompts[0].text for request in service.requests[1:]]
+    assert len(prompts) == 2 + 4, "two warm up"
+    assert len(set(prompts)) > 1
+    assert all(10 <= len(prompt) <= 30 for prompt in prompts), "a byte is a token there"
     assert results["out_tok_s"] > 0
     assert 0 < results["ttft_ms_p50"] <= results["ttft_ms_p99"] == results["ttft_ms_max"]
     assert results["failed_percent"] == 0
@@ -104,25 +110,26 @@ def test_bench_serve_counts_what_failed(target: str, service: Any, tmp_path: Any
     file = tmp_path / "out.json"
 
     def fail(request: Any, context: Any) -> None:
-        """The third request, which is the second measured one, is refused."""
+        """The fourth request is refused: after one that counts tokens and one to warm up, the second measured one."""
         service.requests.append(request)
-        if len(service.requests) == 3:
+        if len(service.requests) == 4:
             context.abort(grpc.StatusCode.INTERNAL, "no")
 
     service._note = fail
-    sizes = ["--streams", "1", "--requests", "4", "--max-tokens", "8"]
+    sizes = ["--streams", "1", "--max-tokens", "8", "--prompt-len", "20"]
     result = run("bench", "serve", "--target", target, *sizes, "--json", str(file))
     assert result.exit_code == 1
     assert "25.00 % of the requests failed" in result.output
-    assert json.loads(file.read_text())["failed_percent"] == 25
+    assert json.loads(file.read_text())[0]["failed_percent"] == 25
 
 
 @pytest.mark.parametrize("end", [b"", b'data: {"error":{"message":"lost"}}\n\n'])
 async def test_bench_serve_takes_no_broken_stream_for_a_whole_one(end: bytes) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
+        request = await reader.readuntil(b"\r\n\r\n")
         head = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"
-        writer.write(head + b'data: {"choices":[{"text":"a"}],"usage":null}\n\n' + end)
+        events = b'data: {"choices":[{"text":"a"}],"usage":null}\n\n' + end
+        writer.write(head + (b'{"count":512}' if request.startswith(b"POST /tokenize ") else events))
         writer.close()
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:

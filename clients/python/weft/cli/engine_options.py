@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,7 @@ from typing import Any
 import click
 
 from weft.cli.engine_load import MAX_LEN, PARTS, Engine, EngineLoad, Sampling, default_parts
-from weft.cli.options import Command
-
-
-def _list_of(parse: Callable[[str], Any], what: str) -> Callable[[click.Context, click.Parameter, str | None], Any]:
-    """Callback of an option that holds a list with commas; ``parse`` raises ValueError."""
-
-    def read(context: click.Context, option: click.Parameter, value: str | None) -> list[Any] | None:
-        try:
-            return None if value is None else [parse(item) for item in value.split(",")]
-        except ValueError:
-            raise click.BadParameter(f"must be {what}, with commas between them") from None
-
-    return read
-
-
-def _batch(text: str) -> int:
-    if not (text.isdecimal() and int(text)):
-        raise ValueError(text)
-    return int(text)
+from weft.cli.options import Command, count, list_of
 
 
 def _part(text: str) -> str:
@@ -44,14 +25,14 @@ def load_options(command: Command) -> Command:
         click.option("--temperature", type=float, help="Of all requests.  [default: 0, and 0.6 for the mixed loads]"),
         click.option(
             "--parts",
-            callback=_list_of(_part, f"of {', '.join(PARTS)}"),
+            callback=list_of(_part, f"of {', '.join(PARTS)}"),
             help=f"What to measure.  [default: {','.join(PARTS)}; no mixed1024 below batch 256]",
         ),
         click.option(
             "--batches",
             default="1,8,64,256",
             show_default=True,
-            callback=_list_of(_batch, "whole numbers above 0"),
+            callback=list_of(count, "whole numbers above 0"),
             help="Batch sizes of the decode runs.",
         ),
         click.option(
@@ -86,7 +67,7 @@ class LoadOptions:
     @property
     def max_model_len(self) -> int:
         """Tokens of a request that the engine must take."""
-        return min(MAX_LEN, self.config.get("max_position_embeddings", MAX_LEN))
+        return min(MAX_LEN, int(self.config.get("max_position_embeddings", MAX_LEN)))
 
     def measure(self, name: str, engine: Engine, start_seconds: float) -> None:
         """Print and write each result of an engine when it is there: a machine's time may be over before the last."""

@@ -27,6 +27,25 @@ def check_url(context: click.Context, option: click.Parameter, value: str | None
     return value
 
 
+def list_of(parse: Callable[[str], Any], what: str) -> Callable[[click.Context, click.Parameter, str | None], Any]:
+    """Callback of an option that holds a list with commas; ``parse`` raises ValueError. Raises BadParameter."""
+
+    def read(context: click.Context, option: click.Parameter, value: str | None) -> list[Any] | None:
+        try:
+            return None if value is None else [parse(item) for item in value.split(",")]
+        except ValueError:
+            raise click.BadParameter(f"must be {what}, with commas between them") from None
+
+    return read
+
+
+def count(text: str) -> int:
+    """A whole number above 0. Raises ValueError."""
+    if not (text.isdecimal() and int(text)):
+        raise ValueError(text)
+    return int(text)
+
+
 def connection_options(command: Command) -> Command:
     """Which service, and which model there."""
     for option in (

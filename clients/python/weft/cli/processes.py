@@ -33,6 +33,10 @@ class CpuMeter:
                 totals[role] = totals.get(role, 0.0) + seconds - self._start[pid, role]
         return totals
 
+    def num_processes(self, role: str) -> int:
+        """How many there were at the start."""
+        return sum(found == role for _, found in self._start)
+
     def _read(self) -> dict[tuple[int, str], float]:
         found: dict[tuple[int, str], float] = {}
         parents: dict[int, int] = {}
