@@ -160,7 +160,7 @@ def served(checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], int, int]]
 def test_serve_answers_and_drains(served: tuple[subprocess.Popen[str], int, int]) -> None:
     process, http_port, port = served
     for address in (["--url", f"http://127.0.0.1:{http_port}"], ["--target", f"127.0.0.1:{port}"]):
-        sizes = ["--streams", "2", "--requests", "3", "--max-tokens", "8", "--parent", str(process.pid)]
+        sizes = ["--streams", "2", "--prompt-len", "20", "--max-tokens", "8", "--parent", str(process.pid)]
         result = CliRunner().invoke(main, ["bench", "serve", *address, *sizes], catch_exceptions=False)
         assert result.exit_code == 0, result.output
         assert "out_tok_s" in result.output
