@@ -43,6 +43,13 @@ class StepInputs:
         self.rows, self.starts, self.query_starts, self.num_decode_rows = views[:4]
         self.sample_rows, self.sample_positions, self.last_tokens, self.num_page_updates = views[4:8]
         self.page_updates = views[8].view(-1, 3)
+        self.clear()
+
+    def clear(self) -> None:
+        """Let all be padding."""
+        self._block.zero_()
+        self.rows.fill_(self._padding_row)
+        self.sample_rows.fill_(self._padding_row)
 
     def load(self, plan: StepPlan, page_updates: Int32Array) -> Samples:
         """Start bringing a plan to the device, with at most ``MAX_PAGE_UPDATES`` page updates."""
