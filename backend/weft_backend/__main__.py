@@ -27,6 +27,10 @@ _NO_REMOTE_CODE = (
 @click.option("--listen", metavar="unix:/PATH", help="Bind a Unix socket instead of a port.")
 @click.option("--metrics-port", default=9400, help="HTTP port of /metrics; 0: none.")
 @click.option("--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16", "float16"]))
+@click.option("--quantization", type=click.Choice(["fp8"]), help="Store the layers' weights in 8 bits.")
+@click.option(
+    "--kv-cache-dtype", default="auto", type=click.Choice(["auto", "fp8", "fp8_e4m3"]), help="auto: the model's."
+)
 @click.option("--device", default="auto", type=click.Choice(["auto", "cuda", "cpu"]))
 @click.option(
     "--max-model-len",

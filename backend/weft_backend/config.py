@@ -12,6 +12,7 @@ from weft_backend.errors import StartupError
 
 BUILTIN_MODEL = Path(__file__).parent / "weft_tiny"
 BUILTIN_MODEL_NAME = "weft-tiny"
+FLOAT8_NAMES = ("fp8", "fp8_e4m3")  # of the same type
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class EngineConfig:
     load_format: str = "auto"  # auto, safetensors or dummy
     device: str = "auto"  # auto, cuda or cpu
     dtype: str = "auto"  # auto, float32, bfloat16 or float16
+    quantization: str | None = None  # fp8: the layers' weights become float8_e4m3fn while they are loaded
+    kv_cache_dtype: str = "auto"  # auto, which is dtype, or one of FLOAT8_NAMES
     max_model_len: int | None = None  # None: the model's, or what fits into memory
     block_size: int = 16  # tokens per page, a power of two
     num_pages: int | None = None  # None: what fits into memory
@@ -42,6 +45,8 @@ class EngineConfig:
         _check(self, "gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "in (0, 1]")
         for name in ("num_pages", "max_num_seqs", "max_queued_tokens", "tensor_parallel_size"):
             _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        _check(self, "quantization", self.quantization in (None, "fp8"), "fp8")
+        _check(self, "kv_cache_dtype", self.kv_cache_dtype in ("auto", *FLOAT8_NAMES), "auto, fp8 or fp8_e4m3")
         # What the attention kernels take; the CPU would take any, but then a setting would not move to a GPU.
         _check(self, "block_size", self.block_size >= 1 and self.block_size.bit_count() == 1, "a power of two")
         _check(self, "swap_space", 0 <= self.swap_space < math.inf, "at least 0 GiB")

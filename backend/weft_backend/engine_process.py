@@ -41,7 +41,8 @@ def build_engine(channel: EngineChannel, config: EngineConfig) -> Engine:
         tp = meet_followers(followers, path, model_config, device)
         seed = config.seed or 0
         model = load_model(model_config, path, device=device, load_format=config.load_format, seed=seed, tp=tp)
-        stage.detail = f"{config.load_format}, {model_config.dtype} on {device}"
+        quantized = f" quantized to {config.quantization}" if config.quantization else ""
+        stage.detail = f"{config.load_format}, {model_config.dtype}{quantized} on {device}"
     with Stage("pages") as stage:
         runner = make_runner(config, model_config, model, device, tp)
         num_tokens = runner.num_pages * config.block_size
@@ -81,7 +82,9 @@ def _open_checkpoint(config: EngineConfig) -> tuple[Path, ModelConfig]:
         download_dir=config.download_dir,
         weights=config.load_format != "dummy",
     )
-    return path, load_model_config(path, dtype=config.dtype, max_model_len=config.max_model_len)
+    return path, load_model_config(
+        path, dtype=config.dtype, max_model_len=config.max_model_len, quantization=config.quantization
+    )
 
 
 def _send_tokenizer(channel: EngineChannel, path: Path, vocab_size: int) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 from weft_backend.config_fields import ConfigError, Fields
 
 DTYPES = ("float32", "bfloat16", "float16")
-QUANTIZATIONS = ("fp8",)  # float8_e4m3fn, a scale for each row; of the layers' matrices, not of embeddings and head
 MAX_EOS_TOKEN_IDS = 16  # every row of the batch has room for them beside a request's own stop ids
 
 
@@ -71,7 +70,7 @@ class ModelConfig:
     normalized_head: bool = False  # rows of the output matrix are scaled to length 1
     num_positions: int = 0  # learned position embeddings; 0: none
     post_norm: bool = False  # norms stand after attention and MLP instead of before them
-    quantization: str | None = None  # one of QUANTIZATIONS, made of the checkpoint's weights; None: as dtype says
+    quantization: str | None = None  # "fp8": of the layers' matrices, but not of embeddings and head
 
 
 def load_model_config(
@@ -88,8 +87,6 @@ def load_model_config(
     generation = Fields.read(generation_path) if generation_path.exists() else Fields({})
     if fields.has("quantization_config"):
         raise ConfigError("quantization_config", "quantized checkpoints are not supported")
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise ConfigError("quantization", f"{quantization!r} is not supported; {', '.join(QUANTIZATIONS)} is")
     architecture, read_family = _family(fields)
     common = _common(fields) | read_family(fields)
     eos_token_ids = generation.ids("eos_token_id") or fields.ids("eos_token_id")

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
 
-from weft_backend.config import EngineConfig
+from weft_backend.config import FLOAT8_NAMES, EngineConfig
 from weft_backend.errors import StartupError
 from weft_backend.kv_cache import PageShape
 from weft_backend.layers import SINGLE, PeerSum, TensorParallel
@@ -25,6 +25,7 @@ from weft_backend.models import Model, build_model, load_model
 from weft_backend.ranks import Followers, led_plans
 
 _GIB = 1 << 30
+FLOAT8_CAPABILITY = (8, 9)  # Ada, the first GPUs whose instructions convert float8
 _LOOPBACK = "127.0.0.1"
 # NVLink multicast, which a process that ends badly may leave unusable for others, is not needed: sums of a decode step
 # are small.
@@ -40,7 +41,22 @@ def resolve_device(config: EngineConfig, rank: int) -> torch.device:
         raise StartupError("--device cuda: PyTorch sees no GPU; --device cpu, or auto, runs without one")
     if size > num_gpus:
         raise StartupError(f"--tensor-parallel-size {size}: PyTorch sees {num_gpus} GPUs")
-    return torch.device("cuda", rank)
+    device = torch.device("cuda", rank)
+    _check_float8(config, device)
+    return device
+
+
+def _check_float8(config: EngineConfig, device: torch.device) -> None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= FLOAT8_CAPABILITY:
+        return
+    for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
+        if value in FLOAT8_NAMES:
+            needed, given = (f"{major}.{minor}" for major, minor in (FLOAT8_CAPABILITY, capability))
+            raise StartupError(
+                f"{flag} {value}: needs a GPU of compute capability {needed} or more; "
+                f"{torch.cuda.get_device_name(device)} has {given}"
+            )
 
 
 def use_device(device: torch.device, size: int) -> None:
@@ -100,13 +116,14 @@ def _join(rank: int, size: int, device: torch.device, store: Store) -> TensorPar
     dist.init_process_group("nccl", store=store, rank=rank, world_size=size, device_id=device)
     others = (other for other in range(size) if other != rank)
     reachable = all(torch.cuda.can_device_access_peer(rank, other) for other in others)
-    return TensorParallel(rank, size, PeerSum(device) if reachable else None)
+    return TensorParallel(rank, size, PeerSum(rank, size, device) if reachable else None)
 
 
 def page_shape(config: EngineConfig, model: ModelConfig) -> PageShape:
     """A page's share on each rank."""
     num_kv_heads = model.num_kv_heads // config.tensor_parallel_size
-    return PageShape(model.num_layers, num_kv_heads, config.block_size, model.head_dim, getattr(torch, model.dtype))
+    dtype = torch.float8_e4m3fn if config.kv_cache_dtype in FLOAT8_NAMES else getattr(torch, model.dtype)
+    return PageShape(model.num_layers, num_kv_heads, config.block_size, model.head_dim, dtype)
 
 
 def make_runner(

@@ -66,9 +66,8 @@ def _copy(file: Path, stored: Any, source: Source) -> None:
         raise CheckpointError(f"{file}: {source.name} is {list(shape)}, but config.json makes it {list(source.shape)}")
     if dtype not in _FLOAT_DTYPES:
         raise CheckpointError(f"{file}: {source.name} is of type {dtype}; only floats of 16 bits or more are supported")
-    source.target.copy_(stored[source.region or (slice(None),)])
-    # The extremes carry any NaN or infinity: 9 ms for 134 MB on two cores, where isfinite takes 218.
-    if not bool(torch.stack(torch.aminmax(source.target)).isfinite().all()):
+    source.fill(stored[source.region or (slice(None),)])
+    if not source.is_finite():
         target_dtype = str(source.target.dtype).removeprefix("torch.")
         raise CheckpointError(
             f"{file}: {source.name} has values that are not finite in {target_dtype}; "
@@ -88,5 +87,6 @@ def fill_with_noise(sources: Iterable[Source], seed: int) -> None:
         generator = torch.Generator(source.target.device).manual_seed(
             zlib.crc32(source.name.encode(), seed % (1 << 32))
         )
-        noise = torch.empty(source.shape, dtype=source.target.dtype, device=source.target.device)
-        source.target.copy_(noise.normal_(0.0, DUMMY_STD, generator=generator)[source.region])
+        dtype = source.target.dtype if source.scale is None else torch.bfloat16  # no numbers are drawn in float8
+        noise = torch.empty(source.shape, dtype=dtype, device=source.target.device)
+        source.fill(noise.normal_(0.0, DUMMY_STD, generator=generator)[source.region])
