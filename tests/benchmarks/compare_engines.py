@@ -58,7 +58,7 @@ def main(
     for engine in (("weft", "vllm") if vllm_path else ("weft",)) * repeats:
         command = [*(_WEFT if engine == "weft" else _VLLM), str(shape), *arguments]
         turns[engine].append(_run(command, vllm_path if engine == "vllm" else None))
-        report |= {name: medians(results) for name, results in turns.items() if results}
+        report |= {name: medians(results) for name, results in turns.items() if results} | {"turns": turns}
         report["floor"] = {name: floor_of(floors, name) for name in medians([*turns["weft"], *turns["vllm"]])}
         if json_file:  # at once: a machine's time may be over before the last turn
             json_file.write_text(json.dumps(report, indent=1) + "\n")
@@ -101,7 +101,7 @@ def medians(turns: Sequence[Results]) -> dict[str, Any]:
     return merged
 
 
-def table(report: Mapping[str, Results]) -> Iterator[str]:
+def table(report: Mapping[str, Any]) -> Iterator[str]:
     """Lines of text: each result of both engines, its floor, how many times as fast as vLLM Weft is, and the share of
     the floor's speed that it reaches.
     """

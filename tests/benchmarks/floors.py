@@ -112,4 +112,7 @@ def floor_of(floors: Floors, result: str) -> float | None:
         rng = random.Random(0)
         lengths = [(rng.randint(*SIZES.mixed_lens), rng.randint(*SIZES.mixed_lens)) for _ in range(int(match[1]))]
         return sum(length for _, length in lengths) / floors.mixed(lengths)
+    if result == "service256_out_tok_s":
+        num_requests, prompt_len, output_len = SIZES.service
+        return num_requests * output_len / floors.mixed([(prompt_len, output_len)] * num_requests)
     return 1e3 * floors.prefill(1, SIZES.long_prompt_len) if result == "prefill_ms_4k" else None

@@ -93,5 +93,7 @@ def test_each_result_has_its_floor() -> None:
     assert floor_of(floors, "prefill_ms_b8_1k") == 1e3 * floors.prefill(8, 1024)
     assert floor_of(floors, "prefill_ms_4k") == 1e3 * floors.prefill(1, 4000)
     assert floor_of(floors, "start_s") is None
+    served = floor_of(floors, "service256_out_tok_s") or 0.0
+    assert 0 < served < 256 / floors.decode(256, 512)
     few, many = (floor_of(floors, f"mixed{num_requests}_out_tok_s") or 0.0 for num_requests in (256, 1024))
     assert 0 < few < many < 256 / floors.decode(256, 1024), "the long load keeps the batch full, but has prompts too"

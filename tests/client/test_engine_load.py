@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from weft.cli.engine_load import PARTS, EngineLoad, Request, Sampling, default_parts
+from weft.cli.engine_load import EngineLoad, Request, Sampling, default_parts
 
 
 @dataclass
@@ -39,7 +39,7 @@ def test_values_follow_from_the_better_of_two_runs() -> None:
 
 def test_requests_are_drawn_in_the_order_of_the_peers() -> None:
     engine = ClockworkEngine()
-    results = dict(EngineLoad(engine, PARTS, Sampling(0.8, 0.95, 50), Sampling(0.6)).measure([2]))
+    results = dict(EngineLoad(engine, default_parts([256], 4096), Sampling(0.8, 0.95, 50), Sampling(0.6)).measure([2]))
     rng = random.Random(0)
 
     def tokens(count: int) -> list[int]:
@@ -58,7 +58,14 @@ def test_requests_are_drawn_in_the_order_of_the_peers() -> None:
     assert results["mixed256_out_tok_s"] == pytest.approx(num_tokens / seconds)
 
 
+def test_the_load_of_a_service() -> None:
+    engine = ClockworkEngine()
+    results = dict(EngineLoad(engine, ["service"]).measure([1]))
+    assert {(len(request.prompt), request.max_tokens) for request in engine.runs[-1]} == {(512, 256)}
+    assert results["service256_out_tok_s"] == pytest.approx(768 * 256 / (0.512 * 768 + 2.56))
+
+
 def test_parts_that_do_not_fit_are_left_out() -> None:
-    assert default_parts([1, 256], 4096) == list(PARTS)
+    assert default_parts([1, 256], 4096) == ["decode", "mixed256", "mixed1024", "long"]
     assert default_parts([1, 64], 4096) == ["decode", "mixed256", "long"]
     assert default_parts([256], 2048) == ["decode", "mixed256", "mixed1024"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 MAX_LEN = 4096  # of engines that are measured; a model may have less
-PARTS = ("decode", "mixed256", "mixed1024", "long")
+PARTS = ("decode", "mixed256", "mixed1024", "long", "service")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Sizes:
     decode_len: int = 128
     mixed_lens: tuple[int, int] = (100, 1024)
     long_prompt_len: int = 4000
+    service: tuple[int, int, int] = (768, 512, 256)  # requests, prompt and output tokens of each
 
 
 @dataclass
@@ -83,6 +84,8 @@ class EngineLoad:
                 yield f"mixed{num_requests}_out_tok_s", self._mixed_rate(num_requests)
         if "long" in self.parts:
             yield "prefill_ms_4k", min(self._run_alike(1, self.sizes.long_prompt_len, 1) for _ in range(3)) * 1e3
+        if "service" in self.parts:
+            yield "service256_out_tok_s", self._service_rate()
 
     def _decode(self, batch: int) -> Iterator[tuple[str, float]]:
         prompt_len, decode_len = self.sizes.prompt_len, self.sizes.decode_len
@@ -104,6 +107,13 @@ class EngineLoad:
         requests = [self._request(draw(), draw, self.mixed_sampling) for _ in range(num_requests)]
         return sum(request.max_tokens for request in requests) / self.engine.run(requests)
 
+    def _service_rate(self) -> float:
+        """Generated tokens per second of what 256 clients of ``weft bench serve`` ask a service for."""
+        num_requests, prompt_len, output_len = self.sizes.service
+        sampling = Sampling(temperature=1.0)
+        requests = [self._request(prompt_len, lambda: output_len, sampling) for _ in range(num_requests)]
+        return num_requests * output_len / self.engine.run(requests)
+
     def _request(self, prompt_len: int, max_tokens: Callable[[], int], sampling: Sampling) -> Request:
         """A request of random tokens; ``max_tokens`` is drawn after them."""
         high = min(30_000, self.engine.vocab_size)
@@ -113,8 +123,10 @@ class EngineLoad:
 
 
 def default_parts(batches: Sequence[int], max_model_len: int) -> list[str]:
-    """All parts, but for the long load where the largest batch does not fit, and the long prompt where it does not."""
-    left_out = {"mixed1024"} if max(batches) < 256 else set()
+    """What the peers' script measures: the long load where the largest batch fits, the long prompt where it does."""
+    left_out = {"service"}
+    if max(batches) < 256:
+        left_out.add("mixed1024")
     if max_model_len < MAX_LEN:
         left_out.add("long")
     return [part for part in PARTS if part not in left_out]

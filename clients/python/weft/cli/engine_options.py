@@ -26,7 +26,7 @@ def load_options(command: Command) -> Command:
         click.option(
             "--parts",
             callback=list_of(_part, f"of {', '.join(PARTS)}"),
-            help=f"What to measure.  [default: {','.join(PARTS)}; no mixed1024 below batch 256]",
+            help=f"Of {', '.join(PARTS)}.  [default: all but service, and no mixed1024 below batch 256]",
         ),
         click.option(
             "--batches",
