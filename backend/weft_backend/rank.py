@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 from weft_backend.config import FLOAT8_NAMES, EngineConfig
 from weft_backend.errors import StartupError
 from weft_backend.kv_cache import PageShape
-from weft_backend.layers import SINGLE, PeerSum, TensorParallel
+from weft_backend.layers import SINGLE, TensorParallel
 from weft_backend.model_config import ModelConfig
 from weft_backend.model_runner import ModelRunner
 from weft_backend.models import Model, build_model, load_model
@@ -114,6 +114,8 @@ def _join(rank: int, size: int, device: torch.device, store: Store) -> TensorPar
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
         return TensorParallel(rank, size)
     dist.init_process_group("nccl", store=store, rank=rank, world_size=size, device_id=device)
+    from weft_backend.layers.peer_sum import PeerSum  # takes Triton
+
     others = (other for other in range(size) if other != rank)
     reachable = all(torch.cuda.can_device_access_peer(rank, other) for other in others)
     return TensorParallel(rank, size, PeerSum(rank, size, device) if reachable else None)

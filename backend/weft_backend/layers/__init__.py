@@ -4,7 +4,7 @@ from weft_backend.layers.attention import Attention
 from weft_backend.layers.embedding import LearnedPositions, VocabParallelEmbedding
 from weft_backend.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
 from weft_backend.layers.norm import LayerNorm, RMSNorm
-from weft_backend.layers.parallel import SINGLE, PeerSum, TensorParallel
+from weft_backend.layers.parallel import SINGLE, TensorParallel
 from weft_backend.layers.parameter import Layer, Source
 from weft_backend.layers.positions import alibi_slopes, rope_table
 
@@ -16,7 +16,6 @@ __all__ = [
     "LayerNorm",
     "LearnedPositions",
     "Part",
-    "PeerSum",
     "RMSNorm",
     "RowParallelLinear",
     "Source",

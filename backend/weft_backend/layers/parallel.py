@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
-import torch.distributed._symmetric_memory as symm_mem
 from torch import Tensor
 
 from weft_backend.config_fields import ConfigError
 
-_PEER_BYTES = 512 << 10
-_PEER_DTYPES = (torch.bfloat16, torch.float32)
-
-
-class PeerSum:
-    """Sums small tensors over GPUs that read each other's memory: each rank copies its tensor to where all can read
-    it, and adds up all of them (a one-shot all-reduce), in rank order, so every rank gets the same sum.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        group = dist.group.WORLD
-        assert group is not None
-        self._group = group.group_name
-        self._buffer = symm_mem.empty(_PEER_BYTES, dtype=torch.uint8, device=device)
-        symm_mem.rendezvous(self._buffer, self._group)
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether ``x`` is of a type and size that this is for."""
-        return x.nbytes <= _PEER_BYTES and x.dtype in _PEER_DTYPES
-
-    def add_up(self, x: Tensor) -> None:
-        """Replace ``x`` by the sum of every rank's."""
-        shared = self._buffer[: x.nbytes].view(x.dtype).view(x.shape)
-        torch.ops.symm_mem.one_shot_all_reduce_copy_out(shared, x, "sum", self._group, x)
+if TYPE_CHECKING:
+    from weft_backend.layers.peer_sum import PeerSum
 
 
 @dataclass(frozen=True, slots=True)
