@@ -104,7 +104,7 @@ def copy_of(reference: nn.Module, config: ModelConfig) -> Model:
     weights = reference.state_dict()
     model = build_model(config, next(reference.parameters()).device, TensorParallel())
     for source in model.sources():
-        source.target.copy_(weights[source.name][source.region or (slice(None),)])
+        source.fill(weights[source.name][source.region or (slice(None),)])
     if config.normalized_head:
         model.lm_head.normalize()
     return model

@@ -26,6 +26,7 @@ NUM_TOKENS = 24
 NUM_TOP = 20
 # Root mean square error of log-probabilities in bfloat16, whose spread is about 1.6.
 TOLERANCE = 0.06
+FLOAT8_TOLERANCE = 0.6
 LARGEST_GAP = 5 * TOLERANCE  # by which a chosen token's logit may miss the largest
 # A nearly right model of each family, which the tolerance must tell from the right one.
 NEARLY_RIGHT: dict[str, Callable[[ModelConfig], ModelConfig]] = {
@@ -57,7 +58,7 @@ def make_prompts(vocab_size: int) -> list[list[int]]:
     return [torch.randint(3, vocab_size, (length,), generator=generator).tolist() for length in PROMPT_LENS]
 
 
-def make_engine(reference: nn.Module, config: ModelConfig) -> ModelEngine:
+def make_engine(reference: nn.Module, config: ModelConfig, kv_cache_dtype: torch.dtype | None = None) -> ModelEngine:
     return ModelEngine(
         copy_of(reference, config),
         config,
@@ -65,6 +66,7 @@ def make_engine(reference: nn.Module, config: ModelConfig) -> ModelEngine:
         cache_len=4096,
         max_num_batched_tokens=512,
         max_model_len=MAX_MODEL_LEN,
+        kv_cache_dtype=kv_cache_dtype,
     )
 
 
@@ -85,6 +87,18 @@ def test_logits_in_bfloat16(name: str, reference: nn.Module, tmp_path: Path) -> 
     print(f"measured: bfloat16 log-probabilities of {name}: rms error {ours:.4f}, in transformers {theirs:.4f}")
     assert ours < TOLERANCE
     assert ours < 1.2 * theirs
+
+
+def test_logits_in_float8(name: str, reference: nn.Module, tmp_path: Path) -> None:
+    config = config_of(reference, tmp_path, "bfloat16")
+    engines = {
+        "KV cache": make_engine(reference, config, kv_cache_dtype=torch.float8_e4m3fn),
+        "weights": make_engine(reference, replace(config, quantization="fp8")),
+    }
+    for what, engine in engines.items():
+        ours, _ = errors(reference, score(engine))
+        print(f"measured: {what} of {name} in float8: rms error {ours:.4f}")
+        assert TOLERANCE / 2 < ours < FLOAT8_TOLERANCE
 
 
 def test_greedy_ids_in_bfloat16_are_nearly_the_likeliest(name: str, reference: nn.Module, tmp_path: Path) -> None:
@@ -119,7 +133,7 @@ def score(engine: ModelEngine) -> list[Scored]:
     """Prompts and their greedy continuations, with the likeliest ids in the place of each token but the first."""
     prompts = make_prompts(engine.vocab_size)
     requests = engine.run(prompts, max_tokens=NUM_TOKENS, logprobs=NUM_TOP, prompt_logprobs=NUM_TOP)
-    return [(request.sequences[0].token_ids, scores_of(request, engine.outputs)) for request in requests]
+    return [(request.sequences[0].token_ids.tolist(), scores_of(request, engine.outputs)) for request in requests]
 
 
 def scores_of(request: Request, outputs: list[SequenceOutput]) -> dict[int, TokenLogprobs]:
