@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from weft_kernels import Ops, SamplingTable, reference, triton_ops
+from weft_kernels import Ops, SamplingTable, reference, sampling, triton_ops
 
 
 def sample(ops: Ops, logits: Tensor, positions: Tensor, **columns: Tensor) -> Tensor:
@@ -45,6 +45,14 @@ def kept_by_sorting(logits: Tensor, temperature: float, top_k: int, top_p: float
     return kept & (scaled.softmax(-1) >= min_p * probs[0])
 
 
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks, groups and pools' worth of logits in a thousand."""
+    monkeypatch.setattr(sampling, "CHUNK", 256)
+    monkeypatch.setattr(sampling, "GROUP", 8)
+    monkeypatch.setattr(sampling, "POOL", 64)
+
+
 def num_draws(name: str, device: torch.device, many: int, few: int) -> int:
     """Few in the interpreter, which takes up to 0.15 s a row."""
     return few if name == "triton" and device.type == "cpu" else many
@@ -61,6 +69,7 @@ RULES = [
     (1.0, 0, 0.0, 0.0),
     (2.0, 0, 0.99, 0.0),
     (1.0, 60, 0.999, 0.0),
+    (1.0, 0, 0.8, 0.3),
 ]
 
 
@@ -93,13 +102,16 @@ def test_the_twin_keeps_what_sorting_keeps(rule: Any) -> None:
         assert not torch.equal(kept, off_by_one)
 
 
-@pytest.mark.parametrize("coarse", [False, True])
-@pytest.mark.parametrize("rule", RULES, ids=str)
-def test_the_kernel_draws_the_twins_tokens(rule: Any, coarse: bool, device: torch.device) -> None:
-    logits = torch.randn(12, 1003, generator=torch.Generator().manual_seed(5)) * 4
-    logits = (logits.bfloat16().float() if coarse else logits).to(device)
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(
+    ("dtype", "spread"), [(torch.float32, 4.0), (torch.bfloat16, 4.0), (torch.float16, 0.1)], ids=str
+)
+@pytest.mark.parametrize("rule", [*RULES, (1.0, 100, 0.9, 0.0), (1.0, 100, 1.0, 0.1)], ids=str)
+def test_the_kernel_draws_the_twins_tokens(rule: Any, dtype: torch.dtype, spread: float, device: torch.device) -> None:
+    logits = torch.randn(4, 1003, generator=torch.Generator().manual_seed(5)) * spread
+    logits = logits.to(device, dtype)
     temperature, top_k, top_p, min_p = rule
-    given = parameters(12, device, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seeds=-(2**40))
+    given = parameters(4, device, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seeds=-(2**40))
     drawn = SAMPLE["triton"](logits, **given)
     assert torch.equal(drawn, SAMPLE["twin"](logits, **given))
     if top_k != 1 and top_p > 0:
@@ -107,6 +119,17 @@ def test_the_kernel_draws_the_twins_tokens(rule: Any, coarse: bool, device: torc
         assert not torch.equal(drawn, SAMPLE["twin"](logits, **given))
 
 
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("rule", [dict(top_k=50), dict(top_k=50, top_p=0.9), dict(top_p=0.9), dict(min_p=0.9)], ids=str)
+@pytest.mark.parametrize("distinct", [1, 9, 40])
+def test_the_kernel_draws_the_twins_tokens_among_equals(distinct: int, rule: Any, device: torch.device) -> None:
+    """More of them than a pool holds, or as many as tip it over."""
+    logits = torch.arange(1003, device=device).remainder(distinct).expand(4, -1).to(torch.bfloat16).contiguous() / 8
+    given = parameters(4, device, **rule)
+    assert torch.equal(SAMPLE["triton"](logits, **given), SAMPLE["twin"](logits, **given))
+
+
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("name", SAMPLE)
 def test_rows_do_not_depend_on_their_batch(name: str, device: torch.device) -> None:
     logits = torch.randn(6, 500, generator=torch.Generator().manual_seed(2)).to(device)
@@ -205,11 +228,33 @@ def test_truncated_draws_follow_the_softmax_of_what_is_left() -> None:
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("vocab_size", [32_000, 128_256, 151_936])
 def test_realistic_sizes(rule: Any, vocab_size: int, device: torch.device) -> None:
-    logits = (torch.randn(64, vocab_size, device=device) * 3).bfloat16().float()
+    logits = (torch.randn(64, vocab_size, device=device) * 3).bfloat16()
     temperature, top_k, top_p, min_p = rule
     given = parameters(64, device, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     same = SAMPLE["triton"](logits, **given) == SAMPLE["twin"](logits, **given)
     assert same.float().mean() > 0.95  # sums in another order may move a nucleus by one token
+
+
+@pytest.mark.gpu
+def test_a_graph_draws_what_its_tensors_say(device: torch.device) -> None:
+    """Rows change from greedy to drawn, truncated and broken between replays, which take other branches then."""
+    logits = torch.randn(8, 50_272, device=device).bfloat16()
+    columns = parameters(8, device)
+    positions, table = columns.pop("positions"), SamplingTable(**columns)
+    rows = torch.arange(8, dtype=torch.int32, device=device)
+    triton_ops.sample(logits, rows, positions, table)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens, usable = triton_ops.sample(logits, rows, positions, table)
+    for rule in (dict(temperature=0.0), dict(top_p=0.9), dict(top_k=50, top_p=0.9), dict(top_k=500), dict(min_p=0.1)):
+        for name, value in rule.items():
+            getattr(table, name).fill_(value)
+        logits.normal_()
+        logits[3, 7] = float("nan")
+        graph.replay()
+        expected, expected_usable = reference.sample(logits, rows, positions, table)
+        assert torch.equal(usable, expected_usable)
+        assert torch.equal(tokens[usable], expected[usable])
 
 
 @pytest.mark.gpu
