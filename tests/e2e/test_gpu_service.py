@@ -77,7 +77,8 @@ async def stream(client: AsyncClient, prompt: str) -> tuple[int, int]:
 @pytest.mark.gpu
 @pytest.mark.slow
 async def test_64_clients_stream_at_once(shape: str) -> None:
-    options = ("--load-format", "dummy", "--max-model-len", "4096")
+    # So many pages, and not all that fit, so that other tests may use the GPU beside this one.
+    options = ("--load-format", "dummy", "--max-model-len", "4096", "--num-pages", "8192")
     with Backend(shape, *options) as backend, Frontend(backend) as frontend:
         async with AsyncClient(frontend.target) as client:
             outcomes = await asyncio.gather(*(stream(client, f"{i} " * 400) for i in range(NUM_CLIENTS)))
