@@ -118,8 +118,7 @@ class ModelRunner:
         plan.check_room(self.max_model_len)
         self._cache = KVCache(page_shape, plan.num_pages, plan.num_host_pages, device)
         if device.type == "cuda" and not enforce_eager:
-            with torch.inference_mode():
-                self._graphs = StepGraphs(self._forward, self._sample, max_num_seqs, max_num_batched_tokens)
+            self._graphs = self._capture(max_num_batched_tokens)
 
     @property
     def num_pages(self) -> int:
@@ -284,3 +283,8 @@ class ModelRunner:
         scored = self._extras.scored(samples.rows)
         num_top = self._extras.num_logprobs[samples.rows[scored]].tolist()
         return _Scores(samples.indices[scored].tolist(), num_top, tensors)
+
+    @torch.inference_mode()
+    def _capture(self, max_num_batched_tokens: int) -> StepGraphs:
+        self._inputs.clear()  # the profiling run had more tokens than the steps to capture
+        return StepGraphs(self._forward, self._sample, self._max_num_seqs, max_num_batched_tokens)

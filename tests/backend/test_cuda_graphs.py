@@ -119,8 +119,8 @@ def graphed(monkeypatch: pytest.MonkeyPatch) -> ModelRunner:
     ops = SimpleNamespace(**vars(reference) | {"sample": plain_sample, "update_pages": update_pages})
     monkeypatch.setattr(model_runner, "ops_for", lambda device: ops)
     runner = make_runner()
-    with torch.inference_mode():
-        graphs = runner._graphs = StepGraphs(runner._forward, runner._sample, 7, 64)
+    run(runner, [make_request([5] * 20, max_tokens=2) for _ in range(7)])  # steps larger than any graph
+    graphs = runner._graphs = runner._capture(max_num_batched_tokens=32)
     sample = graphs.sample  # a GPU's results are copied to the host before the next replay; the CPU's need a copy
     monkeypatch.setattr(graphs, "sample", lambda num_rows: sample(num_rows).clone())
     return runner
