@@ -119,7 +119,7 @@ def graphed(monkeypatch: pytest.MonkeyPatch) -> ModelRunner:
     ops = SimpleNamespace(**vars(reference) | {"sample": plain_sample, "update_pages": update_pages})
     monkeypatch.setattr(model_runner, "ops_for", lambda device: ops)
     runner = make_runner()
-    run(runner, [make_request([5] * 20, max_tokens=2) for _ in range(7)])  # steps larger than any graph
+    run(runner, [make_request([5] * 20, max_tokens=1) for _ in range(3)])  # one step, larger than any graph
     graphs = runner._graphs = runner._capture(max_num_batched_tokens=32)
     sample = graphs.sample  # a GPU's results are copied to the host before the next replay; the CPU's need a copy
     monkeypatch.setattr(graphs, "sample", lambda num_rows: sample(num_rows).clone())
