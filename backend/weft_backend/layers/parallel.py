@@ -13,6 +13,8 @@ from weft_backend.config_fields import ConfigError
 if TYPE_CHECKING:
     from weft_backend.layers.peer_sum import PeerSum
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before PyTorch 2.13
+
 
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
@@ -42,7 +44,7 @@ class TensorParallel:
             return x
         num_rows, num_columns = x.shape
         shares = x.new_empty(self.size * num_rows, num_columns)
-        dist.all_gather_into_tensor(shares, x)
+        _all_gather(shares, x)
         return shares.view(self.size, num_rows, num_columns).transpose(0, 1).reshape(num_rows, -1)
 
     def least(self, value: int) -> int:
