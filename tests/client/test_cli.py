@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from weft.cli import main
+from weft.inference.v1 import inference_pb2 as pb
 
 COMMANDS = ["serve", "chat", "complete", "run-batch", "bench", "bench engine", "bench serve", "bench frontend", "demo"]
 
@@ -97,10 +98,11 @@ def test_bench_serve_over_grpc(target: str, service: Any, tmp_path: Any) -> None
     assert result.exit_code == 0, result.output
     (results,) = json.loads(file.read_text())
     assert results["requests"] == 4
-    prompts = [request.request.prompts[0].text for request in service.requests[1:]]
+    streamed = [request for request in service.requests if isinstance(request, pb.StreamGenerateRequest)]
+    prompts = [request.request.prompts[0].text for request in streamed]
     assert len(prompts) == 2 + 4, "two warm up"
     assert len(set(prompts)) > 1
-    assert all(10 <= len(prompt) <= 30 for prompt in prompts), "a byte is a token there"
+    assert all(17 <= len(prompt) <= 23 for prompt in prompts), "a byte is a token there"
     assert results["out_tok_s"] > 0
     assert 0 < results["ttft_ms_p50"] <= results["ttft_ms_p99"] == results["ttft_ms_max"]
     assert results["failed_percent"] == 0
@@ -110,9 +112,9 @@ def test_bench_serve_counts_what_failed(target: str, service: Any, tmp_path: Any
     file = tmp_path / "out.json"
 
     def fail(request: Any, context: Any) -> None:
-        """The fourth request is refused: after one that counts tokens and one to warm up, the second measured one."""
+        """The third stream is refused, which is the second measured one."""
         service.requests.append(request)
-        if len(service.requests) == 4:
+        if sum(isinstance(request, pb.StreamGenerateRequest) for request in service.requests) == 3:
             context.abort(grpc.StatusCode.INTERNAL, "no")
 
     service._note = fail

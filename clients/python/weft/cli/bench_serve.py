@@ -26,8 +26,9 @@ from weft.errors import WeftError
 from weft.services import API_KEY_VARIABLE
 from weft.transport import DEFAULT_TARGET
 
-_MOST_WARM_UPS = 32
+_MOST_WARM_UPS = 32  # as many as vLLM's client is told to send
 _FEWEST_REQUESTS = 4
+_WORD_COUNTS = 3  # each comes closer to the length asked for
 _STREAMS_PER_PROCESS = 16  # a token costs a client process about 30 µs, over gRPC and HTTP alike
 
 
@@ -103,8 +104,10 @@ def make_words(service: Service, num_tokens: int) -> list[str]:
     """Random words that together have about so many tokens. Raises WeftError."""
     rng = random.Random(0)
     words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 8))) for _ in range(num_tokens)]
-    tokens_per_word = service.count_tokens(" ".join(words)) / len(words)
-    return words[: max(1, round(num_tokens / tokens_per_word))]
+    num_words = num_tokens  # a word is a token at least
+    for _ in range(_WORD_COUNTS):
+        num_words = max(1, round(num_words * num_tokens / service.count_tokens(" ".join(words[:num_words]))))
+    return words[:num_words]
 
 
 def measure(load: Load, parent: int | None) -> dict[str, float]:
