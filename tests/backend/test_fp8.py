@@ -15,6 +15,7 @@ from paged_rows import CPU, Rows, prompt
 from reference_models import load_reference
 from safetensors.torch import load_file, save_file
 
+from weft_backend.batch_state import stream_seed
 from weft_backend.checkpoint import CheckpointError
 from weft_backend.config import EngineConfig
 from weft_backend.errors import StartupError
@@ -76,8 +77,8 @@ def test_logits_are_close(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", DEVICES)
 @pytest.mark.parametrize("kind", ["qwen3", "opt", "baichuan2-13b"])
 def test_ids_are_the_same_in_every_situation(kind: str, name: str, tmp_path: Path) -> None:
-    """Alone, batched, in chunks, from cached pages, after preemption and from swap space: float8 rounds a token's keys
-    and values by themselves."""
+    """Alone, batched, in chunks, from cached pages, after preemption, from swap space and as forks: a token's keys and
+    values are rounded by themselves."""
     device = torch.device(name)
     path = make_checkpoint(kind, tmp_path / kind, tokenizer=False)
     # On a GPU float8 weights make larger batches round activations too, so ids may depend on the batch.
@@ -96,6 +97,12 @@ def test_ids_are_the_same_in_every_situation(kind: str, name: str, tmp_path: Pat
         assert [generated(request) for request in requests] == alone
     assert sum(request.num_preemptions for request in requests) > 0
     assert small.num_swapped_in > 0
+    sampling: dict[str, Any] = {"temperature": 0.8, "max_tokens": 12}
+    (forked,) = whole.run([prompts[1]], n=3, seed=5, **sampling)
+    assert whole.num_copied > 0
+    for choice in range(3):
+        (request,) = engine().run([prompts[1]], seed=stream_seed(5, choice), **sampling)
+        assert generated(request) == generated(forked, choice)
 
 
 def test_random_weights_are_those_of_the_unquantized_model(tmp_path: Path) -> None:
