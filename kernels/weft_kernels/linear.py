@@ -1,13 +1,19 @@
-"""Linear layers with what stands around them: the norm before, and activation and residual sum after."""
+"""Linear layers with what stands around them: the norm before, and activation and residual sum after.
+
+A few tokens go through one kernel that streams the weights (``skinny_linear``), more through the library's product.
+"""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft_kernels.norm import normalize
+from weft_kernels.linear_tiles import choose_tile
+from weft_kernels.norm import normalize, quantize
 from weft_kernels.ops import Activation, Norm
 from weft_kernels.silu_and_mul import silu_and_mul
+from weft_kernels.skinny_linear import skinny_linear
 
 
 def linear(
@@ -21,15 +27,36 @@ def linear(
     activation: Activation | None = None,
 ) -> Tensor:
     """x [T, K], weight [N, K] -> [T, N], or the residual, to which it is added. See ``Ops.linear``."""
-    if norm is not None:
-        x = normalize(x, norm)
+    tile = choose_tile(x, weight)
+    if tile is not None:
+        return skinny_linear(x, weight, bias, weight_scale, norm, residual, activation, tile)
     if weight_scale is not None:
-        weight = (weight.float() * weight_scale[:, None]).to(x.dtype)
-    if residual is not None and bias is None and activation is None:
-        return residual.addmm_(x, weight.t())
-    y = F.linear(x, weight, bias)
+        y = _scaled_matmul(x, weight, weight_scale, norm)
+        if bias is not None:
+            y += bias
+    else:
+        if norm is not None:
+            x = normalize(x, norm)
+        if residual is not None and bias is None and activation is None:
+            return residual.addmm_(x, weight.t())
+        y = F.linear(x, weight, bias)
     if activation == "relu":
-        y = F.relu(y)
+        y = F.relu_(y)
     elif activation == "silu_and_mul":
         y = silu_and_mul(y)
     return y if residual is None else residual.add_(y)
+
+
+def _scaled_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, norm: Norm | None) -> Tensor:
+    """Tokens quantised one by one to the weight's type. The product is rounded to bfloat16, which is all that row-wise
+    scales allow."""
+    values, scales = quantize(x, norm)
+    y = torch._scaled_mm(
+        values,
+        weight.t(),
+        scale_a=scales[:, None],
+        scale_b=weight_scale[None],
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    return y.to(x.dtype)

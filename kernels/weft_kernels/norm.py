@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm in Triton: one program a token, float32 inside, rounded once."""
+"""RMSNorm, LayerNorm and quantisation of tokens in Triton: one program a token, float32 inside, rounded once."""
 
 from __future__ import annotations
 
@@ -9,47 +9,72 @@ from torch import Tensor
 
 from weft_kernels.ops import Norm
 
+FP8 = torch.float8_e4m3fn
+LARGEST_FP8 = 448.0
+
 
 @triton.jit
 def _norm_kernel(
     x: tl.tensor,  # [T, H]
-    weight: tl.tensor,  # [H]
+    weight: tl.tensor | None,  # [H]; None: no norm
     bias: tl.tensor | None,  # [H]; None: RMSNorm
-    normed: tl.tensor,  # [T, H] out
+    out: tl.tensor,  # [T, H]
+    scales: tl.tensor | None,  # float32 [T] out; None: out is not scaled
     eps: float,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr,
 ) -> None:
+    token = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < HIDDEN
-    at = tl.program_id(0).to(tl.int64) * HIDDEN + columns
-    wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    if bias is not None:
-        wide = tl.where(inside, wide - tl.sum(wide, axis=0) / HIDDEN, 0.0)
-    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / HIDDEN + eps)
-    scaled = wide * scale * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    if bias is not None:
-        scaled += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed + at, scaled.to(normed.dtype.element_ty), mask=inside)
+    at = token.to(tl.int64) * HIDDEN + columns
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if weight is not None:
+        if bias is not None:
+            value = tl.where(inside, value - tl.sum(value, axis=0) / HIDDEN, 0.0)
+        value *= tl.rsqrt(tl.sum(value * value, axis=0) / HIDDEN + eps)
+        value *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+        if bias is not None:
+            value += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    if scales is not None:
+        scale = tl.maximum(tl.max(tl.abs(value), axis=0), 1e-12) / LARGEST
+        tl.store(scales + token, scale)
+        value /= scale
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
-def normalize(x: Tensor, norm: Norm) -> Tensor:
-    """The norm of x [T, H] -> [T, H]. See ``Ops.normalize``."""
+def _launch(x: Tensor, norm: Norm | None, out: Tensor, scales: Tensor | None) -> None:
     num_tokens, hidden = x.shape
     assert x.is_contiguous()
-    assert norm.weight.shape == (hidden,)
-    assert norm.bias is None or norm.bias.shape == (hidden,)
-    normed = torch.empty_like(x)
+    assert norm is None or norm.weight.shape == (hidden,)
+    assert norm is None or norm.bias is None or norm.bias.shape == (hidden,)
     block = triton.next_power_of_2(hidden)
     if num_tokens:
         _norm_kernel[(num_tokens,)](
             x,
-            norm.weight,
-            norm.bias,
-            normed,
-            norm.eps,
+            None if norm is None else norm.weight,
+            None if norm is None else norm.bias,
+            out,
+            scales,
+            0.0 if norm is None else norm.eps,
             HIDDEN=hidden,
             BLOCK=block,
+            LARGEST=LARGEST_FP8,
             num_warps=min(16, max(1, block // 512)),
         )
+
+
+def normalize(x: Tensor, norm: Norm) -> Tensor:
+    """The norm of x [T, H] -> [T, H]. See ``Ops.normalize``."""
+    normed = torch.empty_like(x)
+    _launch(x, norm, normed, None)
     return normed
+
+
+def quantize(x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
+    """x [T, H], normed first if there is a norm, as values float8_e4m3fn [T, H] times scales float32 [T]: a token's
+    largest magnitude becomes the type's."""
+    values, scales = torch.empty_like(x, dtype=FP8), torch.empty(len(x), dtype=torch.float32, device=x.device)
+    _launch(x, norm, values, scales)
+    return values, scales

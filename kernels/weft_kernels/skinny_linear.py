@@ -1,16 +1,16 @@
-"""The linear layers of few tokens in Triton: weights stream once from memory, norm and epilogue ride along.
+"""The linear layers of a few tokens in Triton: the weights stream once from memory, norm and epilogue ride along.
 
-The product is taken as weights times activations, ``y.T = W x.T``, so that the long side of the weights fills the 64
-rows of a tensor-core instruction and 16 tokens are no waste. A program owns ``BLOCK_N`` outputs (for silu_and_mul half
-of them gates, half the matching ups) and one of ``num_splits`` stretches of K. With several stretches each program
-leaves its sums in ``partials``, and the one that comes last adds them in order, so that results do not depend on who
-was last, and sets the counter back to zero for the next launch.
+A program owns ``BLOCK_N`` outputs (for silu_and_mul half of them gates, half the matching ups) and walks along K. Its
+weights go from memory straight to registers, 16 bytes a load, and are multiplied there: no shared memory, so that
+enough programs stand on a multiprocessor to keep the memory busy, and no split of K, so that nothing has to be summed
+over programs. The first weights are on their way before the kernel in front has ended. Up to 8 tokens this is ahead of
+tensor cores fed by asynchronous copies (8B, one token, all layers: 3.65 ms against 4.18, and 4.25 for the library).
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,31 +19,23 @@ from torch import Tensor
 
 from weft_kernels.ops import Activation, Norm
 
-MAX_TOKENS = 128
-_MAX_BLOCKS = 1 << 14  # blocks of outputs that can be split
+MAX_TOKENS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How a product is cut. ``block_n`` × ``block_k`` weights a step, ``num_stages`` steps in flight."""
+class Tile(NamedTuple):
+    """The weights that a program multiplies at a time: outputs, and columns of K, which must be a multiple of it."""
 
     block_n: int
     block_k: int
-    num_splits: int = 1
-    num_warps: int = 4
-    num_stages: int = 4
-    prefetch: int = 0
 
 
 @triton.jit
-def _prefetch(addresses: tl.tensor) -> None:
-    """Ask for the 128-byte lines at addresses to be brought to the L2 cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
-    )
+def _sum_groups(value: tl.tensor) -> tl.tensor:
+    """Sums over groups of 8 columns, [A, B, C] -> [A, B, C / 8]: a thread's own, so nothing is exchanged."""
+    return tl.sum(tl.reshape(value, (value.shape[0], value.shape[1], value.shape[2] // 8, 8)), axis=3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _skinny_linear_kernel(
     x: tl.tensor,  # [T, K]
     weight: tl.tensor,  # [N, K]
@@ -53,116 +45,85 @@ def _skinny_linear_kernel(
     norm_bias: tl.tensor | None,  # [K]
     residual: tl.tensor | None,  # [T, N]
     out: tl.tensor,  # [T, N], or [T, N / 2] for silu_and_mul; may be the residual
-    partials: tl.tensor | None,  # float32 [blocks, splits, (BLOCK_N + 1) * BLOCK_T]
-    counters: tl.tensor,  # int32, all zero
     eps: float,
     num_tokens: int,
     num_outputs: int,  # N
     size: int,  # K
-    num_splits: int,
     ACTIVATION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PREFETCH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    block, split = tl.program_id(0), tl.program_id(1)
-    # Rows and tokens beyond the last are the last once more: loads need no mask, only stores do.
     GATED: tl.constexpr = ACTIVATION == "silu_and_mul"
     OWNED: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    width = num_outputs // 2 if GATED else num_outputs
+    first_column = tl.program_id(0) * OWNED
     row = tl.arange(0, BLOCK_N)
-    if GATED:
-        width = num_outputs // 2
-        rows = tl.minimum(block * OWNED + row % OWNED, width - 1) + row // OWNED * width
-    else:
-        width = num_outputs
-        rows = tl.minimum(block * OWNED + row, width - 1)
-    columns = tl.arange(0, BLOCK_K)
-    num_steps = size // BLOCK_K
-    first, last = num_steps * split // num_splits, num_steps * (split + 1) // num_splits
-    weight_rows = weight + rows.to(tl.int64)[:, None] * size
+    token = tl.arange(0, BLOCK_T)
+    columns = tl.arange(0, BLOCK_K)[None, None, :]
+    # Outputs and tokens beyond the last are the last once more: loads need no mask, only stores do.
+    rows = tl.minimum(first_column + row % OWNED, width - 1) + row // OWNED * width
+    weights = weight + rows.to(tl.int64)[:, None, None] * size + columns
+    inputs = x + tl.minimum(token, num_tokens - 1)[None, :, None] * size + columns
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-        if PREFETCH > 0:
-            LINE: tl.constexpr = 128 // (weight.dtype.element_ty.primitive_bitwidth // 8)
-            lines = tl.arange(0, PREFETCH // LINE) * LINE
-            _prefetch((weight_rows + (first * BLOCK_K + lines)[None, :]).to(tl.int64))
+    tile = tl.load(weights, eviction_policy="evict_first")
+    if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    token = tl.arange(0, BLOCK_T)
-    x_rows = x + tl.minimum(token, num_tokens - 1)[:, None] * size
 
+    squares = tl.zeros((1, BLOCK_T, BLOCK_K // 8), tl.float32)
     if norm_bias is not None:
-        total = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
-        squares = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
-        for step in range(num_steps):
-            value = tl.load(x_rows + (step * BLOCK_K + columns)[None, :]).to(tl.float32)
-            total += value
-            squares += value * value
-        mean = tl.sum(total, axis=1) / size
-        scale = tl.rsqrt(tl.maximum(tl.sum(squares, axis=1) / size - mean * mean, 0.0) + eps)
+        total = tl.zeros((1, BLOCK_T, BLOCK_K // 8), tl.float32)
+        for k in range(0, size, BLOCK_K):
+            value = tl.load(inputs + k).to(tl.float32)
+            total += _sum_groups(value)
+            squares += _sum_groups(value * value)
+        mean = tl.sum(total, axis=2, keep_dims=True) / size
+        variance = tl.sum(squares, axis=2, keep_dims=True) / size - mean * mean
+        scale = tl.rsqrt(tl.maximum(variance, 0.0) + eps)
 
-    acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    squares = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
-    for step in range(first, last):
-        k = step * BLOCK_K + columns
-        tile = tl.load(weight_rows + k[None, :], eviction_policy="evict_first")
-        value = tl.load(x_rows + k[None, :])
+    acc = tl.zeros((BLOCK_N, BLOCK_T, BLOCK_K // 8), tl.float32)
+    for k in range(0, size, BLOCK_K):
+        value = tl.load(inputs + k).to(tl.float32)
         if norm_weight is not None:
-            wide = value.to(tl.float32)
-            factor = tl.load(norm_weight + k).to(tl.float32)[None, :]
             if norm_bias is not None:
-                shift = tl.load(norm_bias + k).to(tl.float32)[None, :]
-                normed = (wide - mean[:, None]) * scale[:, None] * factor + shift
+                value = (value - mean) * scale
             else:
-                squares += wide * wide
-                normed = wide * factor
-            value = normed.to(value.dtype)
-        acc = tl.dot(tile.to(value.dtype), tl.trans(value), acc, input_precision="ieee")
+                squares += _sum_groups(value * value)
+            value *= tl.load(norm_weight + k + columns).to(tl.float32)
+            if norm_bias is not None:
+                value += tl.load(norm_bias + k + columns).to(tl.float32)
+        acc += _sum_groups(tile.to(tl.float32) * value)
+        if k + BLOCK_K < size:
+            tile = tl.load(weights + k + BLOCK_K, eviction_policy="evict_first")
 
-    square_sum = tl.sum(squares, axis=1)
-    done = True
-    if partials is not None:
-        SIZE: tl.constexpr = (BLOCK_N + 1) * BLOCK_T
-        at = row[:, None] * BLOCK_T + token[None, :]
-        base = partials + block.to(tl.int64) * num_splits * SIZE
-        tl.store(base + split * SIZE + at, acc)
-        tl.store(base + split * SIZE + BLOCK_N * BLOCK_T + token, square_sum)
-        tl.debug_barrier()  # every thread's sums are stored before the count says so
-        done = tl.atomic_add(counters + block, 1, sem="acq_rel") == num_splits - 1
-        if done:
-            acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-            square_sum = tl.zeros((BLOCK_T,), tl.float32)
-            for other in range(num_splits):
-                acc += tl.load(base + other * SIZE + at, cache_modifier=".cg")
-                square_sum += tl.load(base + other * SIZE + BLOCK_N * BLOCK_T + token, cache_modifier=".cg")
-            tl.store(counters + block, 0)
-
-    if done:
-        if norm_weight is not None and norm_bias is None:
-            acc *= tl.rsqrt(square_sum / size + eps)[None, :]
-        if weight_scale is not None:
-            acc *= tl.load(weight_scale + rows)[:, None]
-        if bias is not None:
-            acc += tl.load(bias + rows).to(tl.float32)[:, None]
-        if ACTIVATION == "relu":
-            acc = tl.maximum(acc, 0.0)
-        if GATED:
-            gate, up = tl.split(tl.permute(tl.reshape(acc, (2, OWNED, BLOCK_T)), (1, 2, 0)))
-            acc = gate / (1.0 + tl.exp(-gate)) * up
-        columns_out = block * OWNED + tl.arange(0, OWNED)
-        at_out = token[:, None] * width + columns_out[None, :]
-        inside = (token < num_tokens)[:, None] & (columns_out < width)[None, :]
-        result = tl.trans(acc)
-        if residual is not None:
-            result += tl.load(residual + at_out, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + at_out, result.to(out.dtype.element_ty), mask=inside)
+    y = tl.sum(acc, axis=2)
+    if norm_weight is not None and norm_bias is None:
+        y *= tl.rsqrt(tl.sum(squares, axis=2) / size + eps)
+    if weight_scale is not None:
+        y *= tl.load(weight_scale + rows)[:, None]
+    if bias is not None:
+        y += tl.load(bias + rows).to(tl.float32)[:, None]
+    if ACTIVATION == "relu":
+        y = tl.maximum(y, 0.0)
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(y, (2, OWNED, BLOCK_T)), (1, 2, 0)))
+        result = gate / (1.0 + tl.exp(-gate)) * up
+    else:
+        result = y
+    column = first_column + tl.arange(0, OWNED)
+    at = token[None, :] * width + column[:, None]
+    inside = (token < num_tokens)[None, :] & (column < width)[:, None]
+    if residual is not None:
+        result += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
 @functools.cache
-def _counters(device: torch.device) -> Tensor:
-    """Each launch leaves them at zero, and launches on a stream follow each other."""
-    return torch.zeros(_MAX_BLOCKS, dtype=torch.int32, device=device)
+def _can_overlap(device: torch.device) -> bool:
+    """Whether a kernel can start before the one in front of it has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def skinny_linear(
@@ -174,9 +135,8 @@ def skinny_linear(
     residual: Tensor | None,
     activation: Activation | None,
     tile: Tile,
-    overlap: bool,
 ) -> Tensor:
-    """``Ops.linear`` of 1 to ``MAX_TOKENS`` tokens; K must be a multiple of ``tile.block_k``."""
+    """``Ops.linear`` of 1 to ``MAX_TOKENS`` tokens."""
     (num_tokens, size), num_outputs = x.shape, weight.shape[0]
     assert 0 < num_tokens <= MAX_TOKENS
     assert weight.shape[1] == size
@@ -187,14 +147,8 @@ def skinny_linear(
     if activation == "silu_and_mul":
         width, owned = width // 2, owned // 2
     out = x.new_empty((num_tokens, width)) if residual is None else residual
-    block_t = max(16, triton.next_power_of_2(num_tokens))
-    num_blocks = triton.cdiv(width, owned)
-    partials = None
-    if tile.num_splits > 1:
-        assert num_blocks <= _MAX_BLOCKS
-        shape = (num_blocks, tile.num_splits, (tile.block_n + 1) * block_t)
-        partials = torch.empty(shape, dtype=torch.float32, device=x.device)
-    _skinny_linear_kernel[(num_blocks, tile.num_splits)](
+    overlap = _can_overlap(x.device)
+    _skinny_linear_kernel[(triton.cdiv(width, owned),)](
         x,
         weight,
         weight_scale,
@@ -203,21 +157,17 @@ def skinny_linear(
         None if norm is None else norm.bias,
         residual,
         out,
-        partials,
-        _counters(x.device),
         0.0 if norm is None else norm.eps,
         num_tokens,
         num_outputs,
         size,
-        tile.num_splits,
         ACTIVATION=activation,
-        BLOCK_T=block_t,
+        BLOCK_T=triton.next_power_of_2(num_tokens),
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        PREFETCH=tile.prefetch,
         OVERLAP=overlap,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        # A thread's 8 columns times the threads are the block: weights and activations are laid out alike.
+        num_warps=max(1, tile.block_k // 256),
         **({"launch_pdl": True} if overlap else {}),
     )
     return out

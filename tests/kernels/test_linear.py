@@ -1,0 +1,175 @@
+"""Linear layers with norm, activation and residual sum, kernel and twin, against float64 math."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weft_kernels import Activation, Norm, reference, triton_ops
+from weft_kernels.skinny_linear import Tile, skinny_linear
+
+ERROR = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+OPS = {"twin": reference, "triton": triton_ops}
+FP8 = torch.float8_e4m3fn
+# Triton's interpreter multiplies no bfloat16 matrices.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
+
+
+@dataclass
+class Layer:
+    """The arguments of one call; ``expected`` is its result in float64."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    weight_scale: Tensor | None
+    norm: Norm | None
+    residual: Tensor | None
+    activation: Activation | None
+
+    @property
+    def expected(self) -> Tensor:
+        x, weight = self.x.double(), self.weight.double()
+        if self.weight_scale is not None:
+            weight = weight * self.weight_scale.double()[:, None]
+        if self.norm is not None:
+            if self.norm.bias is not None:
+                x = x - x.mean(-1, keepdim=True)
+            x = x / (x.pow(2).mean(-1, keepdim=True) + self.norm.eps).sqrt() * self.norm.weight.double()
+            if self.norm.bias is not None:
+                x = x + self.norm.bias.double()
+        y = x @ weight.T
+        if self.bias is not None:
+            y = y + self.bias.double()
+        if self.activation == "relu":
+            y = y.relu()
+        if self.activation == "silu_and_mul":
+            gate, up = y.chunk(2, dim=-1)
+            y = F.silu(gate) * up
+        return y if self.residual is None else y + self.residual.double()
+
+    def run(self, ops: Any) -> Tensor:
+        """By ``Ops.linear``, on a copy of the residual."""
+        residual = None if self.residual is None else self.residual.clone()
+        y: Tensor = ops.linear(
+            self.x,
+            self.weight,
+            self.bias,
+            weight_scale=self.weight_scale,
+            norm=self.norm,
+            residual=residual,
+            activation=self.activation,
+        )
+        assert residual is None or y is residual
+        return y
+
+    def run_tile(self, tile: Tile) -> Tensor:
+        residual = None if self.residual is None else self.residual.clone()
+        return skinny_linear(
+            self.x, self.weight, self.bias, self.weight_scale, self.norm, residual, self.activation, tile
+        )
+
+
+MakeLayer = Callable[..., Layer]
+
+
+@pytest.fixture
+def make_layer(device: torch.device) -> MakeLayer:
+    def make(
+        num_tokens: int,
+        num_outputs: int,
+        size: int,
+        *,
+        dtype: torch.dtype,
+        norm: str | None = None,
+        bias: bool = False,
+        residual: bool = False,
+        activation: Activation | None = None,
+        fp8: bool = False,
+    ) -> Layer:
+        generator = torch.Generator().manual_seed(size)
+
+        def draw(*shape: int) -> Tensor:
+            """Random numbers with NaN behind them."""
+            poisoned = torch.full((shape[0] + 3, *shape[1:]), float("nan"), dtype=dtype, device=device)
+            poisoned[: shape[0]] = torch.randn(shape, generator=generator).to(dtype)
+            return poisoned[: shape[0]]
+
+        weight, scale = draw(num_outputs, size) * size**-0.5, None
+        if fp8:
+            scale = weight.abs().amax(-1).float() / 448
+            weight = (weight / scale[:, None]).to(FP8)
+        return Layer(
+            draw(num_tokens, size) + 0.3,
+            weight,
+            draw(num_outputs) if bias else None,
+            scale,
+            Norm(draw(size) * 0.1 + 1, draw(size) if norm == "layer" else None, 1e-5) if norm else None,
+            draw(num_tokens, num_outputs) if residual else None,
+            activation,
+        )
+
+    return make
+
+
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"norm": "rms"},
+    {"norm": "rms", "activation": "silu_and_mul"},
+    {"norm": "layer", "bias": True},
+    {"norm": "layer", "bias": True, "activation": "relu"},
+    {"residual": True},
+    {"residual": True, "bias": True},
+]
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("num_tokens", [0, 3, 100])
+def test_linear(
+    name: str, dtype: torch.dtype, kind: dict[str, Any], num_tokens: int, make_layer: MakeLayer, error: Any
+) -> None:
+    layer = make_layer(num_tokens, 38, 96, dtype=dtype, **kind)
+    actual = layer.run(OPS[name])
+    assert actual.dtype == dtype
+    assert actual.shape == layer.expected.shape
+    if num_tokens:
+        assert error(actual, layer.expected) < ERROR[dtype]
+        assert error(actual, layer.expected * 1.02) > ERROR[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 7])
+@pytest.mark.parametrize("tile", [Tile(2, 32), Tile(4, 64), Tile(16, 32)], ids=str)
+def test_tiles(
+    dtype: torch.dtype, kind: dict[str, Any], num_tokens: int, tile: Tile, make_layer: MakeLayer, error: Any
+) -> None:
+    layer = make_layer(num_tokens, 22, 192, dtype=dtype, **kind)
+    assert error(layer.run_tile(tile), layer.expected) < ERROR[dtype]
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("num_tokens", [3, 100])
+def test_fp8_weights(name: str, kind: dict[str, Any], num_tokens: int, make_layer: MakeLayer, error: Any) -> None:
+    layer = make_layer(num_tokens, 48, 64, dtype=torch.float16, fp8=True, **kind)
+    # More tokens are themselves rounded to three bits.
+    tolerance = ERROR[torch.float16] if name == "twin" or num_tokens == 3 else 0.1
+    assert error(layer.run(OPS[name]), layer.expected) < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 8, 100])
+@pytest.mark.parametrize("size", [(6144, 4096), (4096, 14336), (1024, 3072), (50272, 768)], ids=str)
+def test_realistic_sizes(num_tokens: int, size: tuple[int, int], make_layer: MakeLayer, error: Any) -> None:
+    for kind in KINDS:
+        layer = make_layer(num_tokens, *size, dtype=torch.bfloat16, **kind)
+        assert error(layer.run(triton_ops), layer.expected) < ERROR[torch.bfloat16]
