@@ -1,0 +1,125 @@
+"""Markdown tables of results, for docs/performance.md.
+
+    python -m benchmarks.tables FILE...
+
+Takes the --json files of ``benchmarks.compare_engines`` (one table), ``benchmarks.kernels``, ``weft bench serve``, and
+``vllm bench serve --save-result`` (a row each).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compare_engines import speed
+
+_SERVICE_HEAD = ("", "clients", "output tok/s", "TTFT mean / p99, ms", "TPOT mean / p99, ms", "frontends, cores")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of a table whose columns but the first are numbers."""
+    yield f"| {' | '.join(head)} |"
+    yield f"|---|{'---:|' * (len(head) - 1)}"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def engine_table(report: Mapping[str, Any]) -> Iterator[str]:
+    """What ``compare_engines`` found for one shape."""
+    weft, vllm, floor = (report.get(name, {}) for name in ("weft", "vllm", "floor"))
+    engines = ", ".join(results["engine"] for results in (weft, vllm) if results)
+    yield f"**{report['shape']}** {' '.join(report['arguments'])} ({engines}; {report['date']})"
+    yield ""
+    names = [name for name in floor if isinstance(weft.get(name, vllm.get(name)), float)]
+    yield from table(
+        ["", "Weft", "vLLM", "floor", "× vLLM", "of floor"],
+        [
+            [
+                label(name),
+                *(number(values.get(name)) for values in (weft, vllm, floor)),
+                speed(name, weft.get(name), vllm.get(name), "{:.2f}"),
+                speed(name, weft.get(name), floor[name], "{:.0%}"),
+            ]
+            for name in names
+        ],
+    )
+
+
+def kernel_table(report: Mapping[str, Any]) -> Iterator[str]:
+    """What ``kernels`` found."""
+    ceilings = ", ".join(f"{name} {value:,.2f}" for name, value in report["ceilings"].items())
+    yield f"{report['gpu']}, torch {report['torch']}, triton {report['triton']}, {report['date']}; {ceilings}"
+    yield ""
+    rows = [
+        [
+            f"{timing['kernel']}, {timing['size']}",
+            number(timing["us"]),
+            f"{timing['tb_s']:.2f}",
+            f"{timing['tflop_s']:.0f}",
+            "–" if timing["share"] is None else f"{timing['share']:.0%}",
+        ]
+        for timing in report["timings"]
+        if isinstance(timing, Mapping)
+    ]
+    yield from table(["", "µs", "TB/s", "TFLOP/s", "of ceiling"], rows)
+
+
+def service_rows(name: str, results: Any) -> Iterator[list[str]]:
+    """Rows of ``weft bench serve``, whose file holds a list, or of vLLM's client, whose file holds one object."""
+    if isinstance(results, Mapping):
+        streams, rate = results["max_concurrency"], results["output_throughput"]
+        times = [results[f"{kind}_{time}_ms"] for time in ("ttft", "tpot") for kind in ("mean", "p99")]
+        yield _service_row(name, streams, rate, times, None)
+        return
+    for level in results:
+        times = [level[f"{time}_ms_{kind}"] for time in ("ttft", "tpot") for kind in ("mean", "p99")]
+        yield _service_row(name, level["streams"], level["out_tok_s"], times, level.get("frontend cpu_percent"))
+
+
+def _service_row(name: str, streams: float, rate: float, times: Sequence[float], cpu: float | None) -> list[str]:
+    pairs = [f"{number(mean)} / {number(p99)}" for mean, p99 in (times[:2], times[2:])]
+    return [name, f"{streams:.0f}", number(rate), *pairs, "–" if cpu is None else f"{cpu / 100:.2f}"]
+
+
+def label(name: str) -> str:
+    """A result of ``weft bench engine`` in words."""
+    for pattern, words in (
+        (r"start_s", "start to ready, s"),
+        (r"decode_ms_b(\d+)_ctx1k", r"decode step at context 1k, batch \1, ms"),
+        (r"prefill_ms_b1_1k", "one request, 1k in and 1 out, ms"),
+        (r"prefill_ms_b(\d+)_1k", r"\1 requests, 1k in and 1 out, ms"),
+        (r"prefill_ms_4k", "one request, 4k in and 1 out, ms"),
+        (r"mixed(\d+)_out_tok_s", r"mixed load, \1 requests, output tok/s"),
+        (r"service(\d+)_out_tok_s", r"load of \1 clients, output tok/s"),
+    ):
+        if match := re.fullmatch(pattern, name):
+            return match.expand(words)
+    return name
+
+
+def number(value: float | None) -> str:
+    """Three digits, and whole numbers in groups of three."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{1 if abs(value) >= 10 else 2}f}"
+
+
+def main(files: Sequence[Path]) -> None:
+    """Print the tables of files."""
+    service: list[list[str]] = []
+    for file in files:
+        results = json.loads(file.read_text())
+        if isinstance(results, list) or "output_throughput" in results:
+            service += service_rows(file.stem, results)
+        else:
+            print("\n".join(engine_table(results) if "floor" in results else kernel_table(results)), end="\n\n")
+    if service:
+        print("\n".join(table(_SERVICE_HEAD, service)))
+
+
+if __name__ == "__main__":
+    main([Path(argument) for argument in sys.argv[1:]])
