@@ -6,13 +6,17 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from weft_backend.channel import EngineChannel, Kind
 from weft_backend.checkpoint import model_hash, resolve_checkpoint
 from weft_backend.config import EngineConfig
 from weft_backend.engine import Engine
 from weft_backend.engine_host import end_now, serve
+from weft_backend.layers import TensorParallel
 from weft_backend.model_card import describe_defaults, make_card
 from weft_backend.model_config import ModelConfig, load_model_config
+from weft_backend.model_runner import ModelRunner
 from weft_backend.models import load_model
 from weft_backend.rank import follow, make_runner, meet_followers, plan_memory, resolve_device, use_device
 from weft_backend.ranks import Followers, LeadRunner
@@ -37,8 +41,37 @@ def build_engine(channel: EngineChannel, config: EngineConfig) -> Engine:
     with Stage("memory") as stage:
         stage.detail = plan_memory(config, model_config, device)
     followers.watch(partial(end_now, channel))
+    tp = meet_followers(followers, path, model_config, device)
+    runner = _load_runner(config, path, model_config, device, tp)
+    card = make_card(
+        config,
+        model_config,
+        max_model_len=runner.max_model_len,
+        num_pages=runner.num_pages,
+        model_hash=model_hash(path),
+        tokenizer_hash=tokenizer_hash,
+    )
+    depth = 1 if device.type == "cuda" else 0
+    led = LeadRunner(runner, followers) if followers.size > 1 else runner
+    return Engine(channel, _make_scheduler(config, runner), led, card, pipeline_depth=depth, seed=config.seed)
+
+
+def _open_checkpoint(config: EngineConfig) -> tuple[Path, ModelConfig]:
+    path = resolve_checkpoint(
+        config.model,
+        revision=config.revision,
+        download_dir=config.download_dir,
+        weights=config.load_format != "dummy",
+    )
+    return path, load_model_config(
+        path, dtype=config.dtype, max_model_len=config.max_model_len, quantization=config.quantization
+    )
+
+
+def _load_runner(
+    config: EngineConfig, path: Path, model_config: ModelConfig, device: torch.device, tp: TensorParallel
+) -> ModelRunner:
     with Stage("weights") as stage:
-        tp = meet_followers(followers, path, model_config, device)
         seed = config.seed or 0
         model = load_model(model_config, path, device=device, load_format=config.load_format, seed=seed, tp=tp)
         quantized = f" quantized to {config.quantization}" if config.quantization else ""
@@ -53,15 +86,11 @@ def build_engine(channel: EngineChannel, config: EngineConfig) -> Engine:
             f"weft: max_model_len is {runner.max_model_len}, which fits, not {model_config.max_model_len}",
             file=sys.stderr,
         )
-    card = make_card(
-        config,
-        model_config,
-        max_model_len=runner.max_model_len,
-        num_pages=runner.num_pages,
-        model_hash=model_hash(path),
-        tokenizer_hash=tokenizer_hash,
-    )
-    scheduler = Scheduler(
+    return runner
+
+
+def _make_scheduler(config: EngineConfig, runner: ModelRunner) -> Scheduler:
+    return Scheduler(
         runner.num_pages,
         config.block_size,
         config.max_num_seqs,
@@ -69,21 +98,6 @@ def build_engine(channel: EngineChannel, config: EngineConfig) -> Engine:
         runner.max_model_len,
         runner.num_host_pages,
         config.enable_prefix_caching,
-    )
-    depth = 1 if device.type == "cuda" else 0
-    led = LeadRunner(runner, followers) if followers.size > 1 else runner
-    return Engine(channel, scheduler, led, card, pipeline_depth=depth, seed=config.seed)
-
-
-def _open_checkpoint(config: EngineConfig) -> tuple[Path, ModelConfig]:
-    path = resolve_checkpoint(
-        config.model,
-        revision=config.revision,
-        download_dir=config.download_dir,
-        weights=config.load_format != "dummy",
-    )
-    return path, load_model_config(
-        path, dtype=config.dtype, max_model_len=config.max_model_len, quantization=config.quantization
     )
 
 

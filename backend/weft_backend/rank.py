@@ -23,6 +23,7 @@ from weft_backend.model_config import ModelConfig
 from weft_backend.model_runner import ModelRunner
 from weft_backend.models import Model, build_model, load_model
 from weft_backend.ranks import Followers, led_plans
+from weft_backend.stages import Stage
 
 _GIB = 1 << 30
 FLOAT8_CAPABILITY = (8, 9)  # Ada, the first GPUs whose instructions convert float8
@@ -101,11 +102,14 @@ def meet_followers(followers: Followers, path: Path, model_config: ModelConfig, 
     """As rank 0, let the others load the model, and join them."""
     if followers.size == 1:
         return SINGLE
-    listener = socket.create_server((_LOOPBACK, 0))  # by itself the store would listen to the network
-    port = listener.getsockname()[1]
-    store = TCPStore(_LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
-    followers.send((path, model_config, port))
-    return _join(0, followers.size, device, store)
+    with Stage("ranks") as stage:
+        listener = socket.create_server((_LOOPBACK, 0))  # by itself the store would listen to the network
+        port = listener.getsockname()[1]
+        store = TCPStore(_LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+        followers.send((path, model_config, port))
+        tp = _join(0, followers.size, device, store)
+        stage.detail = f"{tp.size}; sums over {'peer memory and ' if tp.peer_sum else ''}{dist.get_backend()}"
+    return tp
 
 
 def _join(rank: int, size: int, device: torch.device, store: Store) -> TensorParallel:
