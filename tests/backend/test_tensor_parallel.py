@@ -1,4 +1,4 @@
-"""Two ranks on the CPU: they give what one gives, and end together."""
+"""Ranks of a model: they give what one gives, and end together."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import grpc
 import numpy as np
 import psutil
 import pytest
+import torch
 from checkpoints import make_checkpoint
 from driving import make_request
 from grpc import StatusCode
@@ -44,7 +45,7 @@ SAMPLING: list[dict[str, Any]] = [
 @asynccontextmanager
 async def serving(size: int, **engine: Any) -> AsyncIterator[tuple[Backend, Session]]:
     """A ready backend of so many ranks, and a session with it."""
-    config = EngineConfig(device="cpu", dtype="float32", tensor_parallel_size=size, seed=0, **engine)
+    config = EngineConfig(**{"device": "cpu", "dtype": "float32", "seed": 0, "tensor_parallel_size": size} | engine)
     async with Backend(BackendConfig(engine=config, address="127.0.0.1:0")) as backend:
         await asyncio.wait_for(backend.link.ready, 60)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{backend.port}") as channel:
@@ -76,6 +77,17 @@ async def test_ranks_draw_shares_of_the_same_random_weights(tmp_path: Path) -> N
     shape = make_checkpoint("llama", tmp_path / "shape", vocab_size=385, tokenizer=False)
     one, two = [await tokens_of(size, model=str(shape), load_format="dummy", max_model_len=128) for size in (1, 2)]
     assert one == two
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [2, 4])
+async def test_gpus_generate_what_one_does(size: int, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs")
+    path = make_checkpoint("llama", tmp_path / "llama", num_key_value_heads=4, tokenizer=False)
+    engine = {"model": str(path), "device": "cuda", "max_model_len": 128, "max_num_seqs": 8, "num_pages": 64}
+    one, several = [await tokens_of(n, **engine) for n in (1, size)]
+    assert one == several
 
 
 async def test_a_killed_rank_ends_the_service_with_the_cause() -> None:
