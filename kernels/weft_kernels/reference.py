@@ -84,18 +84,20 @@ def rope_and_write_kv(
     if cos_sin is not None:
         angles = cos_sin[layout.positions]
         q, k = _rotate(q, angles), _rotate(k, angles)
-    _write(k_cache, k.to(k_cache.dtype), layout.slots)
-    _write(v_cache, v.to(v_cache.dtype), layout.slots)
+    _write(k_cache, k, layout.slots)
+    _write(v_cache, v, layout.slots)
     return q.to(qkv.dtype).contiguous()
 
 
 def _write(cache: Tensor, values: Tensor, slots: Tensor) -> None:
-    """Write values [T, Hkv, D] to their slots; slot -1 writes nothing."""
+    """Write values [T, Hkv, D] to their slots, saturated at the cache's type; slot -1 writes nothing."""
     written = slots >= 0
     if not bool(written.all()):
         slots, values = slots[written], values[written]
+    if cache.dtype == torch.float8_e4m3fn:
+        values = values.clamp(-448, 448)
     page_size = cache.shape[2]
-    cache[slots // page_size, :, slots % page_size] = values
+    cache[slots // page_size, :, slots % page_size] = values.to(cache.dtype)
 
 
 def paged_attention(

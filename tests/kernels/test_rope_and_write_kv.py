@@ -126,6 +126,20 @@ def test_the_tolerance_notices_one_position_off(
     assert error(case.run(name, True, True), expected) > ERROR[dtype]
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_caches_of_float8_saturate(name: str, device: torch.device) -> None:
+    case = make_case(SHAPES[0], torch.float32, device, [5, 16, -1, 40, 0])
+    case.k_cache, case.v_cache = (torch.empty_like(case.k_cache, dtype=torch.float8_e4m3fn) for _ in range(2))
+    case.qkv = (case.qkv * 100).clamp(-448, 448).to(torch.float8_e4m3fn).float()  # the interpreter rounds wrongly
+    case.qkv[0, ::7], case.qkv[0, 1::7] = 1e3, -1e6
+    case.run(name, False, False)
+    _, keys, values = case.dense(False, False)
+    assert torch.equal(case.k_cache[0, :, 5].double(), keys[0].clamp(-448, 448))
+    assert torch.equal(case.v_cache[0, :, 5].double(), values[0].clamp(-448, 448))
+    assert torch.equal(case.k_cache[2, :, 8].double(), keys[3])
+    assert int(case.k_cache.isnan().sum()) == case.k_cache.numel() - 4 * case.k_cache.shape[1] * case.k_cache.shape[3]
+
+
 @pytest.mark.gpu
 def test_realistic_sizes(device: torch.device, error: Any) -> None:
     case = make_case((32, 8, 128, 1024), torch.bfloat16, device, torch.randperm(3 * 1024)[:1111].tolist())
