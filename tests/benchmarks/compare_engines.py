@@ -113,14 +113,14 @@ def table(report: Mapping[str, Any]) -> Iterator[str]:
             continue
         ours, theirs, least = weft.get(name), vllm.get(name), floor[name]
         ratios = (speed(name, ours, theirs, "{:.2f}"), speed(name, ours, least, "{:.0%}"))
-        cells = [f"{value:12,.2f}" if value else f"{'-':>12}" for value in (ours, theirs, least)]
+        cells = [f"{value:12,.2f}" if value else f"{'–':>12}" for value in (ours, theirs, least)]
         yield f"{name:24}{''.join(cells)}{ratios[0]:>10}{ratios[1]:>10}"
 
 
 def speed(name: str, ours: float | None, other: float | None, form: str) -> str:
-    """How fast ours is beside the other: rates are better high, times low. "-" without both."""
+    """How fast ours is beside the other: rates are better high, times low. "–" without both."""
     if not ours or not other:
-        return "-"
+        return "–"
     return form.format(ours / other if name.endswith("_tok_s") else other / ours)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.compare_engines import speed
 
+_ORDER = ("start", "decode", "prefill", "mixed", "service")
 _SERVICE_HEAD = ("", "clients", "output tok/s", "TTFT mean / p99, ms", "TPOT mean / p99, ms", "frontends, cores")
 
 
@@ -35,6 +36,7 @@ def engine_table(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"**{report['shape']}** {' '.join(report['arguments'])} ({engines}; {report['date']})"
     yield ""
     names = [name for name in floor if isinstance(weft.get(name, vllm.get(name)), float)]
+    names.sort(key=lambda name: _ORDER.index(name.partition("_")[0].rstrip("0123456789")))
     yield from table(
         ["", "Weft", "vLLM", "floor", "× vLLM", "of floor"],
         [

@@ -72,7 +72,7 @@ def test_ratios_say_how_fast_weft_is() -> None:
     lines = [line.split() for line in table(report)]
     assert lines[0] == ["x:", "weft", "1,", "vllm", "1,", "2026-01-01"]
     assert lines[2:] == [
-        ["start_s", "5.00", "-", "-", "-", "-"],
+        ["start_s", "5.00", "–", "–", "–", "–"],
         ["decode_ms_b1_ctx1k", "4.00", "5.00", "3.00", "1.25", "75%"],
         ["mixed256_out_tok_s", "300.00", "200.00", "400.00", "1.50", "75%"],
     ]
