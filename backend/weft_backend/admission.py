@@ -20,7 +20,7 @@ def make_request(
     session: int, slot: int, message: TokenRequest, card: ModelCard, seeds: random.Random, now: float
 ) -> Request:
     """The request that a checked ``message`` asks for. Args: ``now`` is time.monotonic()."""
-    prompt = np.array(message.prompt_token_ids, np.int32)
+    prompt = np.fromiter(message.prompt_token_ids, np.int32, len(message.prompt_token_ids))
     room = card.max_model_len - len(prompt) + message.num_resumed_tokens
     return Request(
         session=session,

@@ -8,8 +8,8 @@ from collections import OrderedDict
 class BlockPool:
     """Gives out pages 0 to ``num_pages - 1``.
 
-    A page in use has a reference for each sequence that has it. A page without references is free; if its content is
-    kept for prefix hits it is *idle*: still free, but given out last, the longest idle first.
+    A page in use has a reference for each sequence that has it. A page without references is free; if it has a name,
+    by which a prefix is found, it is *idle*: still free, but given out last, the longest idle first.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -17,26 +17,31 @@ class BlockPool:
         self._references = [0] * num_pages
         self._blank = list(range(num_pages - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()
-        self._kept: set[int] = set()
+        self._names: dict[int, bytes] = {}
 
     @property
     def num_free(self) -> int:
         """Pages that can be given out now, idle ones included."""
         return len(self._blank) + len(self._idle)
 
+    @property
+    def idle_pages(self) -> list[int]:
+        """The named pages that no sequence has."""
+        return list(self._idle)
+
     def num_references(self, page: int) -> int:
         """Sequences that have the page."""
         return self._references[page]
 
-    def allocate(self) -> tuple[int, bool]:
-        """A page with one reference, and whether its kept content was given up for it. Needs ``num_free > 0``."""
+    def allocate(self) -> tuple[int, bytes | None]:
+        """A page with one reference, and the name that was given up for it, if any. Needs ``num_free > 0``."""
         if self._blank:
-            page, was_kept = self._blank.pop(), False
+            page, name = self._blank.pop(), None
         else:
-            page, was_kept = self._idle.popitem(last=False)[0], True
-            self._kept.discard(page)
+            page = self._idle.popitem(last=False)[0]
+            name = self._names.pop(page)
         self._references[page] = 1
-        return page, was_kept
+        return page, name
 
     def share(self, page: int) -> None:
         """Add a reference to a page in use or idle."""
@@ -46,23 +51,23 @@ class BlockPool:
 
     def release(self, pages: list[int]) -> None:
         """Drop a reference of each page. The last page is idle longest, so that a prefix loses its end first."""
+        references, names = self._references, self._names
         for page in reversed(pages):
-            self._references[page] -= 1
-            assert self._references[page] >= 0, f"page {page} was released twice"
-            if self._references[page] == 0:
-                if page in self._kept:
+            num_left = references[page] = references[page] - 1
+            assert num_left >= 0, f"page {page} was released twice"
+            if num_left == 0:
+                if page in names:
                     self._idle[page] = None
                 else:
                     self._blank.append(page)
 
-    def keep(self, page: int) -> None:
-        """Keep the page's content for prefix hits once it is released."""
-        assert self._references[page] > 0, f"page {page} is not in use"
-        self._kept.add(page)
+    def name(self, page: int, name: bytes) -> bool:
+        """Name a page in use, unless it has a name; whether it took this one."""
+        return self._names.setdefault(page, name) is name
 
-    def forget(self, page: int) -> None:
-        """Stop keeping the page's content."""
-        self._kept.discard(page)
+    def unname(self, page: int) -> bytes | None:
+        """Take away a page's name, and return it."""
         if page in self._idle:
             del self._idle[page]
             self._blank.append(page)
+        return self._names.pop(page, None)

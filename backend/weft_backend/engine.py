@@ -192,7 +192,9 @@ class Engine:
         frames.add(output)
         if output.finish is not FinishCode.RUNNING:
             request = output.sequence.request
-            frames.add_finish(output, summarize(request) if self._open.end_choice(request) else None)
+            summary = summarize(request) if self._open.is_last_choice(request) else None
+            frames.add_finish(output, summary)
+            self._open.end_choice(request)
 
 
 def _as_refusal(error: Exception, request_id: str) -> Refusal:

@@ -26,7 +26,7 @@ class StepFrames:
     def __init__(self, output: StepOutput) -> None:
         self._step = output.step
         self._tokens = output.tokens
-        self._kept = np.ones(output.tokens.shape[1], np.bool_)
+        self._dropped = np.zeros(output.tokens.shape[1], np.bool_)
         self._scored = np.zeros(output.tokens.shape[1], np.bool_)
         self._frames: dict[int, StepFrame] = {}
         for session in set(output.tokens[0].tolist()):
@@ -46,7 +46,7 @@ class StepFrames:
     def drop(self, output: SequenceOutput) -> None:
         """Leave out the sequence's token."""
         if output.place >= 0:
-            self._kept[output.place] = False
+            self._dropped[output.place] = True
 
     def add_finish(self, output: SequenceOutput, summary: RequestSummary | None) -> None:
         """Add a sequence's end; ``summary`` if it was its request's last."""
@@ -61,15 +61,14 @@ class StepFrames:
     def serialize(self) -> Iterator[tuple[int, bytes]]:
         """Each session's frame, as a SessionResponse. Columns that hold only their defaults are left out."""
         for session, frame in self._frames.items():
-            mine = self._kept & (self._tokens[0] == session)
-            _, slots, choices, indexes, token_ids = self._tokens[:, mine]
-            scored = self._scored[mine]
-            if scored.any():
-                frame.logprob_rows = np.packbits(scored, bitorder="little").tobytes()
+            mine = (self._tokens[0] == session) & ~self._dropped
+            _, slots, choices, indexes, token_ids = self._tokens.compress(mine, axis=1)
+            if frame.HasField("logprobs"):
+                frame.logprob_rows = np.packbits(self._scored[mine], bitorder="little").tobytes()
             columns = [
                 frame.SerializeToString(),
                 _fixed32(StepFrame.SLOTS_FIELD_NUMBER, slots),
-                _fixed32(StepFrame.CHOICES_FIELD_NUMBER, choices) if choices.any() else b"",
+                _fixed32(StepFrame.CHOICES_FIELD_NUMBER, choices) if np.count_nonzero(choices) else b"",
                 _fixed32(StepFrame.TOKEN_INDEXES_FIELD_NUMBER, indexes),
                 _fixed32(StepFrame.TOKEN_IDS_FIELD_NUMBER, token_ids),
             ]

@@ -38,16 +38,21 @@ class OpenRequests:
         """All requests of a session."""
         return list(self._sessions.get(session, {}).values())
 
-    def end_choice(self, request: Request) -> bool:
-        """One of a request's sequences has ended; whether it was the last, which ends the request."""
+    def is_last_choice(self, request: Request) -> bool:
+        """Whether all but one of its choices have ended."""
+        return self._num_choices_left[request] == 1
+
+    def end_choice(self, request: Request) -> None:
+        """One of a request's choices has ended; the last ends the request."""
         self._num_choices_left[request] -= 1
-        if self._num_choices_left[request] > 0:
-            return False
-        self.end(request)
-        return True
+        if self._num_choices_left[request] == 0:
+            self.end(request)
 
     def end(self, request: Request) -> None:
-        """End a request."""
+        """End a request. It no longer knows its sequences then: in a cycle with them it would stay in memory until the
+        garbage collector came, which stops the engine for milliseconds.
+        """
+        request.sequences = []
         slots = self._sessions[request.session]
         del slots[request.slot]
         if not slots:

@@ -85,14 +85,15 @@ class PrefixCache:
         self.host = HostTier(num_host_pages)
         self._swap_out: list[PageMove] = []
         self._pages: dict[bytes, int] = {}
-        self._names: dict[int, bytes] = {}
 
     def match(self, sequence: Sequence) -> Match:
         """What is cached of the sequence's beginning, leaving at least its last token to compute."""
         match = Match()
         if not self.enabled or sequence.request.sampling.prompt_logprobs is not None:
             return match  # the logits of every prompt token are wanted, so all of them must be computed
-        for name in self._page_names(sequence, sequence.token_ids, (len(sequence.token_ids) - 1) // self.block_size):
+        num_pages = (len(sequence.token_ids) - 1) // self.block_size
+        self._hash_pages(sequence, sequence.token_ids, num_pages)
+        for name in sequence.page_hashes[:num_pages]:
             page = self._pages.get(name)
             host_page = self.host.find(name)
             if page is not None and not match.host_pages:
@@ -122,9 +123,8 @@ class PrefixCache:
 
     def allocate(self) -> int:
         """A page to write; the name of what it held, if any, moves to the host tier."""
-        page, was_kept = self.pool.allocate()
-        if was_kept:
-            name = self._names.pop(page)
+        page, name = self.pool.allocate()
+        if name is not None:
             del self._pages[name]
             host_page = self.host.place(name)
             if host_page is not None:
@@ -141,36 +141,36 @@ class PrefixCache:
         """Name the pages that tokens ``start`` to ``end - 1`` of ``token_ids``, computed now, have filled."""
         if self.enabled:
             first, last = start // self.block_size, end // self.block_size
-            names = self._page_names(sequence, token_ids, last)
-            for index in range(first, last):
-                self._name(sequence.page_ids[index], names[index])
+            self._hash_pages(sequence, token_ids, last)
+            for page, name in zip(sequence.page_ids[first:last], sequence.page_hashes[first:last], strict=True):
+                self._name(page, name)
 
     def forget(self, sequence: Sequence) -> None:
         """Take away the names of the pages that only this sequence has."""
         for page in sequence.page_ids:
-            if page in self._names and self.pool.num_references(page) == 1:
+            if self.pool.num_references(page) == 1:
                 self._unname(page)
 
     def reset(self) -> int:
         """Forget every page that no sequence has, in both tiers; returns how many device pages that were."""
-        idle = [page for page in self._names if self.pool.num_references(page) == 0]
+        idle = self.pool.idle_pages
         for page in idle:
             self._unname(page)
         self.host.clear()
         return len(idle)
 
     def _name(self, page: int, name: bytes) -> None:
-        if name in self._pages or page in self._names:
-            return  # the same content was computed twice, or this page was shared: the first name stands
-        self._pages[name] = page
-        self._names[page] = name
-        self.pool.keep(page)
+        # The same content may be computed twice, and a shared page has a name: the first stands.
+        if name not in self._pages and self.pool.name(page, name):
+            self._pages[name] = page
 
     def _unname(self, page: int) -> None:
-        del self._pages[self._names.pop(page)]
-        self.pool.forget(page)
+        name = self.pool.unname(page)
+        if name is not None:
+            del self._pages[name]
 
-    def _page_names(self, sequence: Sequence, token_ids: Int32Array, num_pages: int) -> list[bytes]:
+    def _hash_pages(self, sequence: Sequence, token_ids: Int32Array, num_pages: int) -> None:
+        """Name the first pages of a sequence, as far as they have no name yet."""
         names = sequence.page_hashes
         if len(names) < num_pages:
             size = self.block_size * token_ids.itemsize
@@ -179,4 +179,3 @@ class PrefixCache:
             for offset in range(0, len(tokens), size):
                 previous = blake2b(previous + tokens[offset : offset + size], digest_size=16).digest()
                 names.append(previous)
-        return names[:num_pages]

@@ -23,7 +23,7 @@ class RowTable:
         self._free = list(range(num_rows - 1, -1, -1))
         self._sequences = np.full(num_rows, None, np.object_)
         self._since = np.full(num_rows, _NEVER, np.int64)  # the first step of the row's sequence
-        self._labels = np.zeros((4, num_rows), np.int32)  # session, slot, choice, num_prompt_tokens
+        self._labels = np.zeros((5, num_rows), np.int32)  # session, slot, choice, num_prompt_tokens, nothing
         self._prompt_lens = np.zeros(num_rows, np.int32)
         self._max_lens = np.zeros(num_rows, np.int32)
         self._token_ids = np.zeros((num_rows, max_model_len), np.int32)
@@ -69,7 +69,7 @@ class RowTable:
         num_tokens = len(sequence.token_ids)
         self._sequences[row] = sequence
         self._since[row] = step
-        self._labels[:, row] = request.session, request.slot, sequence.choice, request.num_prompt_tokens
+        self._labels[:4, row] = request.session, request.slot, sequence.choice, request.num_prompt_tokens
         self._prompt_lens[row] = request.prompt_len
         self._max_lens[row] = sequence.max_len
         self._token_ids[row, :num_tokens] = sequence.token_ids
@@ -113,8 +113,10 @@ class RowTable:
         """Add a token to each row; returns them as ``StepOutput.tokens``."""
         self._token_ids[rows, positions] = token_ids
         self.num_tokens[rows] = positions + 1
-        session, slot, choice, num_prompt_tokens = self._labels.take(rows, axis=1)
-        return np.array([session, slot, choice, positions - num_prompt_tokens, token_ids])
+        columns = self._labels.take(rows, axis=1)
+        columns[3] = positions - columns[3]
+        columns[4] = token_ids
+        return columns
 
     def first_tokens(self, rows: IndexArray, positions: Int32Array) -> list[Sequence]:
         """Sequences of the rows for which these are the positions of their first token."""

@@ -16,6 +16,7 @@ from bisect import insort
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from itertools import count
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,9 @@ from weft_backend.step import (
     TokenLogprobs,
 )
 from weft_backend.waiting_queue import WaitingQueue
+
+_T = TypeVar("_T", bound=np.generic)
+_NAN = int(FinishCode.NAN)  # comparing an array with an IntEnum costs 2 µs more
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +78,8 @@ class Draft:
 
     step: int
     budget: int
-    rows: IndexArray = field(default_factory=lambda: np.zeros(0, np.intp))  # that decode
-    positions: Int32Array = field(default_factory=lambda: np.zeros(0, np.int32))  # of their tokens computed now
+    rows: IndexArray = field(init=False)  # that decode
+    positions: Int32Array = field(init=False)  # of their tokens computed now
     chunks: list[Chunk] = field(default_factory=list)
     new_rows: list[Sequence] = field(default_factory=list)
     page_updates: list[tuple[int, int, int]] = field(default_factory=list)
@@ -118,6 +122,7 @@ class Scheduler:
         self.cache = PrefixCache(self.pool, block_size, num_swap_pages, enable_prefix_caching)
         self.waiting = WaitingQueue()
         self.rows = RowTable(max_num_seqs, max_model_len)
+        self._ones = np.ones(max_num_seqs, np.int32)  # query_lens of rows that decode
         self._prefills: list[Sequence] = []  # those that run and have tokens left to compute, oldest first
         self._num_steps = 0
         self._arrivals = count()
@@ -291,18 +296,17 @@ class Scheduler:
     def _plan(self, draft: Draft) -> StepPlan:
         """The draft as arrays, decode rows first."""
         chunks = sorted(draft.chunks, key=lambda chunk: not chunk.is_decode)
-        rows = [chunk.sequence.row for chunk in chunks]
         num_decodes = len(draft.rows)
         swap_out = self.cache.take_swap_out()
         self._num_steps = draft.step
         return StepPlan(
             step=draft.step,
             sequences=self.rows.sequences_of(draft.rows) + [chunk.sequence for chunk in chunks],
-            rows=_joined(draft.rows, rows),
+            rows=_joined(draft.rows.astype(np.int32), [chunk.sequence.row for chunk in chunks]),
             start_positions=_joined(draft.positions, [chunk.start for chunk in chunks]),
-            query_lens=_joined(np.ones(num_decodes, np.int32), [chunk.num_tokens for chunk in chunks]),
+            query_lens=_joined(self._ones[:num_decodes], [chunk.num_tokens for chunk in chunks]),
             num_decode_rows=num_decodes + sum(chunk.is_decode for chunk in chunks),
-            samples=np.array([True] * num_decodes + [chunk.samples for chunk in chunks]),
+            samples=_joined(self._ones[:num_decodes] == 1, [chunk.samples for chunk in chunks]),
             new_rows=draft.new_rows,
             page_updates=_table(draft.page_updates, 3),
             page_moves=PageMoves(*(_table(moves, 2) for moves in (swap_out, draft.swap_in, draft.copy))),
@@ -314,28 +318,26 @@ class Scheduler:
         """Take in a step's tokens. Sequences that left their row since the step was planned get nothing."""
         rows, ends = plan.rows.astype(np.intp), plan.start_positions + plan.query_lens
         present = self.rows.present(rows, plan.step)
-        only_computed = ~plan.samples & (ends == self.rows.num_tokens[rows])  # max_tokens is 0
-        codes = np.where(only_computed, FinishCode.LENGTH, result.finish_codes)
-        sound = present & (codes != FinishCode.NAN)
+        sound = present & (result.finish_codes != _NAN)
         if self.cache.enabled:
-            self._name_pages(rows, plan.start_positions, ends, sound)
-        sampled = sound & plan.samples
-        tokens = self.rows.append(rows[sampled], ends[sampled], result.token_ids[sampled])
-        self._num_generated_tokens += tokens.shape[1]
-        self._note_first_tokens(rows[sampled], ends[sampled])
-        special = {*codes.nonzero()[0].tolist(), *result.logprobs, *result.prompt_logprobs}
-        places = np.where(sampled, sampled.cumsum() - 1, -1) if special else sampled
-        others = [
-            self._output(plan, result, index, FinishCode(codes[index]), int(places[index]))
-            for index in sorted(special)
-            if present[index]
+            self._name_pages(plan, rows, ends, sound)
+        sampled = (sound & plan.samples).nonzero()[0]
+        sampled_rows, positions = rows[sampled], ends[sampled]
+        tokens = self.rows.append(sampled_rows, positions, result.token_ids[sampled])
+        self._num_generated_tokens += len(sampled)
+        self._note_first_tokens(sampled_rows, positions)
+        special = {*result.finish_codes.nonzero()[0].tolist(), *(~plan.samples).nonzero()[0].tolist()}
+        special |= result.logprobs.keys() | result.prompt_logprobs.keys()
+        places = {index: place for place, index in enumerate(sampled.tolist())} if special else {}
+        outputs = [
+            self._output(plan, result, index, places.get(index, -1)) for index in sorted(special) if present[index]
         ]
-        return StepOutput(plan.step, tokens, others)
+        return StepOutput(plan.step, tokens, [output for output in outputs if output.says_something])
 
-    def _name_pages(self, rows: IndexArray, starts: Int32Array, ends: Int32Array, sound: BoolArray) -> None:
+    def _name_pages(self, plan: StepPlan, rows: IndexArray, ends: Int32Array, sound: BoolArray) -> None:
         """Let the pages be found that the sound rows have filled."""
-        filled = sound & (starts // self.block_size != ends // self.block_size)
-        columns = (rows[filled].tolist(), starts[filled].tolist(), ends[filled].tolist())
+        filled = sound & (ends % self.block_size < plan.query_lens)
+        columns = (rows[filled].tolist(), plan.start_positions[filled].tolist(), ends[filled].tolist())
         for row, start, end in zip(*columns, strict=True):
             self.cache.register(self.rows.sequence(row), self.rows.token_ids(row), start, end)
 
@@ -344,10 +346,12 @@ class Scheduler:
             if sequence.request.first_token_time is None:
                 sequence.request.first_token_time = time.monotonic()
 
-    def _output(self, plan: StepPlan, result: StepResult, index: int, finish: FinishCode, place: int) -> SequenceOutput:
+    def _output(self, plan: StepPlan, result: StepResult, index: int, place: int) -> SequenceOutput:
         """What a row of the plan gave beside a token; ends its sequence if that was its last."""
-        sequence = self.rows.sequence(int(plan.rows[index]))
-        start, query_len = int(plan.start_positions[index]), int(plan.query_lens[index])
+        row, start, query_len = (int(column[index]) for column in (plan.rows, plan.start_positions, plan.query_lens))
+        sequence, finish = self.rows.sequence(row), FinishCode(result.finish_codes[index])
+        if not plan.samples[index] and start + query_len == len(sequence.token_ids):  # max_tokens is 0
+            finish = FinishCode.LENGTH
         scores = self._unseen(sequence, start, query_len, result.prompt_logprobs.get(index))
         if finish is FinishCode.NAN:
             self.cache.forget(sequence)
@@ -383,8 +387,8 @@ class Scheduler:
         sequence.status = Status.FINISHED
 
 
-def _joined(array: NDArray[np.signedinteger], values: list[int]) -> Int32Array:
-    return np.append(array, values).astype(np.int32) if values else array.astype(np.int32)
+def _joined(array: NDArray[_T], values: list[int]) -> NDArray[_T]:
+    return np.append(array, np.array(values, array.dtype)) if values else array
 
 
 def _table(rows: Items[tuple[int, ...]], num_columns: int) -> Int32Array:

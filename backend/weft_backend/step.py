@@ -104,6 +104,11 @@ class SequenceOutput:
     prompt_start: int = 0  # position of the first prompt token that prompt_logprobs scores
     prompt_logprobs: TokenLogprobs | None = None
 
+    @property
+    def says_something(self) -> bool:
+        """Whether there is anything beside a token."""
+        return bool(self.finish) or self.logprobs is not None or self.prompt_logprobs is not None
+
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
@@ -111,4 +116,4 @@ class StepOutput:
 
     step: int
     tokens: Int32Array  # [5, N]: session, slot, choice, index among the sequence's generated tokens, token id
-    others: list[SequenceOutput]
+    others: list[SequenceOutput]  # in the order of the tokens

@@ -4,8 +4,10 @@ import gc
 import weakref
 from typing import Any
 
+import numpy as np
+
 from weft_backend.open_requests import OpenRequests
-from weft_backend.sequence import Request, Sampling
+from weft_backend.sequence import Request, Sampling, Sequence
 
 
 class Traced(Request):
@@ -15,15 +17,17 @@ class Traced(Request):
 
 
 def make_request(slot: int = 0, *, session: int = 1, deadline: float | None = None, n: int = 1) -> Traced:
-    return Traced(session, slot, "", [1], Sampling(n=n), deadline=deadline)
+    return Traced(session, slot, "", np.array([1], np.int32), Sampling(n=n), deadline=deadline)
 
 
 def test_a_request_ends_with_its_last_choice() -> None:
     requests, request = OpenRequests(), make_request(n=2)
     requests.add(request)
-    assert not requests.end_choice(request)
+    assert not requests.is_last_choice(request)
+    requests.end_choice(request)
     assert request in requests
-    assert requests.end_choice(request)
+    assert requests.is_last_choice(request)
+    requests.end_choice(request)
     assert request not in requests
     assert requests.get(1, 0) is None
     assert requests.num_ended == 1
@@ -47,6 +51,20 @@ def test_only_open_requests_expire_and_each_once() -> None:
     requests.end(ended)
     assert requests.pop_expired(2.0) == [early]
     assert requests.pop_expired(2.0) == []
+
+
+def test_an_ended_request_is_gone_without_the_garbage_collector() -> None:
+    requests, request = OpenRequests(), make_request()
+    request.sequences = [Sequence(request, 0, request.prompt_token_ids)]
+    requests.add(request)
+    reference: Any = weakref.ref(request)
+    gc.disable()
+    try:
+        requests.end(request)
+        del request
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_ended_requests_do_not_stay_until_their_deadlines() -> None:
