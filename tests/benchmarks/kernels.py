@@ -68,6 +68,7 @@ def _timed(build: Callable[[], Case], ceilings: dict[str, float]) -> Timing | st
 
 def median_seconds(call: Callable[[], object]) -> float:
     """Of one call, in a CUDA graph of many."""
+    torch.cuda.synchronize()  # the buffers are filled on another stream
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         seconds = _elapsed(lambda: [call() for _ in range(3)], repeats=2)[-1] / 3  # compiled and warm
