@@ -47,10 +47,9 @@ def kept_by_sorting(logits: Tensor, temperature: float, top_k: int, top_p: float
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks, groups and pools' worth of logits in a thousand."""
+    """Several chunks and many groups of a thousand logits."""
     monkeypatch.setattr(sampling, "CHUNK", 256)
     monkeypatch.setattr(sampling, "GROUP", 8)
-    monkeypatch.setattr(sampling, "POOL", 64)
 
 
 def num_draws(name: str, device: torch.device, many: int, few: int) -> int:
@@ -106,7 +105,7 @@ def test_the_twin_keeps_what_sorting_keeps(rule: Any) -> None:
 @pytest.mark.parametrize(
     ("dtype", "spread"), [(torch.float32, 4.0), (torch.bfloat16, 4.0), (torch.float16, 0.1)], ids=str
 )
-@pytest.mark.parametrize("rule", [*RULES, (1.0, 100, 0.9, 0.0), (1.0, 100, 1.0, 0.1)], ids=str)
+@pytest.mark.parametrize("rule", [*RULES, (1.0, 300, 0.9, 0.0), (1.0, 300, 1.0, 0.1)], ids=str)
 def test_the_kernel_draws_the_twins_tokens(rule: Any, dtype: torch.dtype, spread: float, device: torch.device) -> None:
     logits = torch.randn(4, 1003, generator=torch.Generator().manual_seed(5)) * spread
     logits = logits.to(device, dtype)
@@ -120,11 +119,14 @@ def test_the_kernel_draws_the_twins_tokens(rule: Any, dtype: torch.dtype, spread
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("rule", [dict(top_k=50), dict(top_k=50, top_p=0.9), dict(top_p=0.9), dict(min_p=0.9)], ids=str)
+@pytest.mark.parametrize(
+    "rule", [dict(top_k=50), dict(top_k=50, top_p=0.533), dict(top_p=0.9), dict(min_p=0.85)], ids=str
+)
 @pytest.mark.parametrize("distinct", [1, 9, 40])
 def test_the_kernel_draws_the_twins_tokens_among_equals(distinct: int, rule: Any, device: torch.device) -> None:
-    """More of them than a pool holds, or as many as tip it over."""
-    logits = torch.arange(1003, device=device).remainder(distinct).expand(4, -1).to(torch.bfloat16).contiguous() / 8
+    """1,003 of a logit are more than a pool holds; of 25 each, the largest have 0.531 of the 50 largest' weight."""
+    ranks = torch.arange(0, 7 * 1003, 7, device=device).remainder(distinct)
+    logits = (ranks / 8).bfloat16().expand(4, -1).contiguous()
     given = parameters(4, device, **rule)
     assert torch.equal(SAMPLE["triton"](logits, **given), SAMPLE["twin"](logits, **given))
 
