@@ -130,6 +130,7 @@ def measure(num_rows: int, num_sessions: int, replaced: bool, prefix_cache: bool
             stack.enter_context(unittest.mock.patch.object(owner, name, function))
         gc.collect()
         gc.freeze()  # as engine_host does
+        stack.callback(gc.unfreeze)
         stack.enter_context(contextlib.suppress(ChannelClosed))
         engine.run()
     return {phase: np.array(column[-num_steps:]) for phase, column in times.items()}
