@@ -6,8 +6,8 @@ the first and samples eagerly; and rows that sample are counted apart from rows 
 
 Forward graphs are captured for two kinds of shape. A decode step has one token a row. A mixed step has any number of
 decode rows and chunks: kernels learn on the device which tokens are whose. Both exist for bucket sizes, and what a step
-leaves over is padding, which changes nothing. Steps of more tokens run kernel by kernel: there the device is slower
-than the launches.
+leaves over is padding, which changes nothing. Of the mixed steps above ``MAX_PADDED_TOKENS``, only the largest, of which
+long prompts are made, has a graph; the others run kernel by kernel.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from weft_backend.step import StepPlan
 
-MAX_MIXED_TOKENS = 2048
+MAX_PADDED_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,9 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
 
 
 def mixed_sizes(max_num_batched_tokens: int) -> list[int]:
-    """Tokens of mixed graphs: steps of 64 up to 1,024, then 128; the last is ``MAX_MIXED_TOKENS``, if a step may be so
-    large."""
-    limit = min(MAX_MIXED_TOKENS, max_num_batched_tokens)
-    sizes = [16, 32, *range(64, 1024, 64), *range(1024, MAX_MIXED_TOKENS, 128)]
-    return [size for size in sizes if size < limit] + [limit]
+    """Tokens of mixed graphs: steps of 64 up to 1,024, then 128; the last is ``max_num_batched_tokens``."""
+    sizes = [16, 32, *range(64, 1024, 64), *range(1024, MAX_PADDED_TOKENS + 1, 128)]
+    return [size for size in sizes if size < max_num_batched_tokens] + [max_num_batched_tokens]
 
 
 class StepGraphs:
@@ -74,14 +72,14 @@ class StepGraphs:
         self._samples = {size: _capture(partial(sample, size), pool) for size in reversed(self._decode_sizes)}
 
     def forward(self, plan: StepPlan) -> Tensor | None:
-        """Replay the forward pass; returns hidden states of at least its tokens, or None if no graph is so large."""
+        """Replay the forward pass; returns hidden states of at least its tokens, or None if it has no graph."""
         num_tokens = plan.num_tokens
         if num_tokens == plan.num_decode_rows:
             shape = _decode_shape(_at_least(num_tokens, self._decode_sizes))
-        elif num_tokens <= self._mixed_sizes[-1]:
-            shape = self._mixed_shape(_at_least(num_tokens, self._mixed_sizes))
         else:
-            return None
+            shape = self._mixed_shape(_at_least(num_tokens, self._mixed_sizes))
+            if num_tokens < shape.num_tokens > MAX_PADDED_TOKENS:
+                return None
         graph, hidden = self._forwards[shape]
         graph.replay()
         return hidden

@@ -157,7 +157,8 @@ def test_bucket_sizes_end_at_the_largest_step() -> None:
     assert decode_sizes(256)[-3:] == [224, 240, 256]
     assert decode_sizes(300)[-2:] == [288, 300]
     assert mixed_sizes(20) == [16, 20]
-    assert mixed_sizes(8192)[-2:] == [1920, 2048]
+    assert mixed_sizes(2048)[-2:] == [1920, 2048]
+    assert mixed_sizes(8192)[-2:] == [2048, 8192]
 
 
 @pytest.mark.gpu
