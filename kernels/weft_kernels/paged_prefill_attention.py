@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from weft_kernels.hopper_prefill_attention import hopper_prefill_attention, suits_hopper
 from weft_kernels.layout import BatchLayout
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -165,7 +166,8 @@ def paged_prefill_attention(
     alibi_slopes: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Write the attention of the prefill chunks, tokens from num_decode_rows on, into ``out``; padded rows with tokens get zeros.
+    """Write the attention of the prefill chunks, tokens from num_decode_rows on, into ``out``; padded rows that have
+    tokens get zeros.
 
     q, out [T, Hq, D]; k_cache, v_cache [P, Hkv, page_size, D], page_size a power of two. See ``Ops.paged_attention``.
     """
@@ -178,6 +180,9 @@ def paged_prefill_attention(
     assert page_size & (page_size - 1) == 0
     assert out.shape == q.shape
     assert all(t.is_contiguous() for t in (q, k_cache, v_cache, out, layout.page_table))
+    if suits_hopper(q, k_cache, alibi_slopes):
+        hopper_prefill_attention(q, k_cache, v_cache, layout, scale, sliding_window, out)
+        return
     block_d = max(16, triton.next_power_of_2(dim))  # a dot takes no less
     block_m, block_n, num_warps, num_stages = _tile_shape(block_d, q.element_size(), group)
     num_tiles = layout.max_chunk_tokens // (block_m // group) + num_rows

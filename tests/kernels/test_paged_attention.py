@@ -79,6 +79,21 @@ def test_alibi(name: str, window: int, device: torch.device, paged_batch: Any, e
 
 
 @pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("window", [0, 20])
+def test_prefill_from_caches_of_float8(
+    name: str, window: int, device: torch.device, paged_batch: Any, error: Any
+) -> None:
+    batch = paged_batch(**SMALL | dict(rows=PREFILL, num_decode_rows=0, dtype=torch.float16), device=device)
+    batch.k_cache, batch.v_cache = (cache.to(torch.float8_e4m3fn) for cache in (batch.k_cache, batch.v_cache))
+    unrounded = dense(batch, window)
+    for rows in (batch.keys, batch.values):
+        rows[:] = [row.to(torch.float8_e4m3fn).to(torch.float16) for row in rows]
+    actual = run(name, batch, window)
+    assert error(actual, dense(batch, window)) < ERROR[torch.float16]
+    assert error(actual, unrounded) > 1e-2
+
+
+@pytest.mark.parametrize("name", ATTENTION)
 @pytest.mark.parametrize("dtype", ERROR, ids=str)
 def test_the_tolerance_notices_one_wrong_key(
     name: str, dtype: torch.dtype, device: torch.device, paged_batch: Any, error: Any
@@ -138,13 +153,17 @@ def test_chunks_equal_the_whole(name: str, device: torch.device, paged_batch: An
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("heads", [(32, 8, 128), (28, 4, 128), (12, 12, 64)], ids=str)
+@pytest.mark.parametrize("page_size", [16, 256])
 @pytest.mark.parametrize("window", [0, 300])
-def test_realistic_sizes(page_size: int, window: int, device: torch.device, paged_batch: Any, error: Any) -> None:
-    rows = [(length, 1) for length in (1, 0, 511, 2048, 1000)] + [(900, 900), (1500, 333), (0, 7), (4, 4)]
+def test_realistic_sizes(
+    heads: tuple[int, int, int], page_size: int, window: int, device: torch.device, paged_batch: Any, error: Any
+) -> None:
+    num_heads, num_kv_heads, head_dim = heads
+    rows = [(length, 1) for length in (1, 0, 511, 2048, 1000)] + [(900, 900), (1500, 333), (0, 7), (4, 4), (128, 128)]
     batch = paged_batch(
-        rows, num_decode_rows=5, num_heads=32, num_kv_heads=8, head_dim=128, page_size=page_size,
-        dtype=torch.bfloat16, device=device,
+        rows, num_decode_rows=5, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        page_size=page_size, dtype=torch.bfloat16, device=device,
     )  # fmt: skip
     assert error(run("triton", batch, window), dense(batch, window)) < ERROR[torch.bfloat16]
 
