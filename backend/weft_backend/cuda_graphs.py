@@ -6,7 +6,7 @@ the first and samples eagerly; and rows that sample are counted apart from rows 
 
 Forward graphs are captured for two kinds of shape. A decode step has one token a row. A mixed step has any number of
 decode rows and chunks: kernels learn on the device which tokens are whose. Both exist for bucket sizes, and what a step
-leaves over is padding, which changes nothing. Of the mixed steps above ``MAX_PADDED_TOKENS``, only the largest, of which
+leaves over is padding, which changes nothing. Of the mixed steps above ``MAX_PADDED_TOKENS`` only the largest, of which
 long prompts are made, has a graph; the others run kernel by kernel.
 """
 
