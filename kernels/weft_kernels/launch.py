@@ -17,3 +17,9 @@ def num_sms(device: torch.device) -> int:
 def can_overlap(device: torch.device) -> bool:
     """Whether a kernel may start before the one in front of it has ended (programmatic dependent launch)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the GPU has wgmma and TMA, which came and, the former, went with compute capability 9.0."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

@@ -1,6 +1,6 @@
 """Linear layers with what stands around them: the norm before, and activation and residual sum after.
 
-A few tokens go through one kernel that streams the weights (``skinny_linear``), more through the library's product.
+Few tokens go through kernels that stream the weights (``vector_linear``, ``wgmma_linear``), more through the library.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft_kernels.linear_tiles import choose_tile
+from weft_kernels.launch import is_hopper
+from weft_kernels.linear_tiles import vector_tile, wgmma_tile
 from weft_kernels.norm import normalize, quantize
 from weft_kernels.ops import Activation, Norm
 from weft_kernels.silu_and_mul import silu_and_mul
-from weft_kernels.skinny_linear import skinny_linear
+from weft_kernels.vector_linear import vector_linear
+from weft_kernels.wgmma_linear import wgmma_linear
 
 
 def linear(
@@ -27,9 +29,11 @@ def linear(
     activation: Activation | None = None,
 ) -> Tensor:
     """x [T, K], weight [N, K] -> [T, N], or the residual, to which it is added. See ``Ops.linear``."""
-    tile = choose_tile(x, weight)
-    if tile is not None:
-        return skinny_linear(x, weight, bias, weight_scale, norm, residual, activation, tile)
+    (num_tokens, size), num_outputs = x.shape, weight.shape[0]
+    if x.dtype != torch.float32:
+        tile = vector_tile(num_tokens, num_outputs, size)
+        if tile is not None:
+            return vector_linear(x, weight, bias, weight_scale, norm, residual, activation, tile)
     if weight_scale is not None:
         y = _scaled_matmul(x, weight, weight_scale, norm)
         if bias is not None:
@@ -37,6 +41,10 @@ def linear(
     else:
         if norm is not None:
             x = normalize(x, norm)
+        if x.dtype != torch.float32 and is_hopper(x.device) and (bias is None or activation != "silu_and_mul"):
+            wide_tile = wgmma_tile(num_tokens, num_outputs, size, activation)
+            if wide_tile is not None:
+                return wgmma_linear(x, weight, bias, residual, activation, wide_tile)
         if residual is not None and bias is None and activation is None:
             return residual.addmm_(x, weight.t())
         y = F.linear(x, weight, bias)

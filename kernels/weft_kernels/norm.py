@@ -6,7 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from weft_kernels.launch import can_overlap
 from weft_kernels.ops import Norm
 
 FP8 = torch.float8_e4m3fn
@@ -24,7 +26,11 @@ def _norm_kernel(
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     LARGEST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < HIDDEN
@@ -50,6 +56,7 @@ def _launch(x: Tensor, norm: Norm | None, out: Tensor, scales: Tensor | None) ->
     assert norm is None or norm.weight.shape == (hidden,)
     assert norm is None or norm.bias is None or norm.bias.shape == (hidden,)
     block = triton.next_power_of_2(hidden)
+    overlap = can_overlap(x.device)
     if num_tokens:
         _norm_kernel[(num_tokens,)](
             x,
@@ -61,7 +68,9 @@ def _launch(x: Tensor, norm: Norm | None, out: Tensor, scales: Tensor | None) ->
             HIDDEN=hidden,
             BLOCK=block,
             LARGEST=LARGEST_FP8,
+            OVERLAP=overlap,
             num_warps=min(16, max(1, block // 512)),
+            launch_pdl=overlap,
         )
 
 

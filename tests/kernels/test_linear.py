@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft_kernels import Activation, Norm, reference, triton_ops
-from weft_kernels.skinny_linear import Tile, skinny_linear
+from weft_kernels.vector_linear import VectorTile, vector_linear
+from weft_kernels.wgmma_linear import WgmmaTile, wgmma_linear
 
 ERROR = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 OPS = {"twin": reference, "triton": triton_ops}
@@ -69,11 +70,15 @@ class Layer:
         assert residual is None or y is residual
         return y
 
-    def run_tile(self, tile: Tile) -> Tensor:
+    def run_vector(self, tile: VectorTile) -> Tensor:
         residual = None if self.residual is None else self.residual.clone()
-        return skinny_linear(
+        return vector_linear(
             self.x, self.weight, self.bias, self.weight_scale, self.norm, residual, self.activation, tile
         )
+
+    def run_wgmma(self, tile: WgmmaTile) -> Tensor:
+        residual = None if self.residual is None else self.residual.clone()
+        return wgmma_linear(self.x, self.weight, self.bias, residual, self.activation, tile)
 
 
 MakeLayer = Callable[..., Layer]
@@ -148,12 +153,26 @@ def test_linear(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 7])
-@pytest.mark.parametrize("tile", [Tile(2, 32), Tile(4, 64), Tile(16, 32)], ids=str)
-def test_tiles(
-    dtype: torch.dtype, kind: dict[str, Any], num_tokens: int, tile: Tile, make_layer: MakeLayer, error: Any
+@pytest.mark.parametrize("tile", [VectorTile(2, 32), VectorTile(4, 64), VectorTile(16, 32)], ids=str)
+def test_vector_tiles(
+    dtype: torch.dtype, kind: dict[str, Any], num_tokens: int, tile: VectorTile, make_layer: MakeLayer, error: Any
 ) -> None:
     layer = make_layer(num_tokens, 22, 192, dtype=dtype, **kind)
-    assert error(layer.run_tile(tile), layer.expected) < ERROR[dtype]
+    assert error(layer.run_vector(tile), layer.expected) < ERROR[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 17, 64, 127])
+@pytest.mark.parametrize("tile", [WgmmaTile(128, 64, 1, 4), WgmmaTile(128, 128, 5, 3), WgmmaTile(256, 64, 2, 4)])
+def test_wgmma_tiles(
+    dtype: torch.dtype, kind: dict[str, Any], num_tokens: int, tile: WgmmaTile, make_layer: MakeLayer, error: Any
+) -> None:
+    layer = make_layer(num_tokens, 472, 1408, dtype=dtype, **(kind | {"norm": None}))
+    first = layer.run_wgmma(tile)
+    assert error(first, layer.expected) < ERROR[dtype]
+    assert torch.equal(layer.run_wgmma(tile), first)  # whichever split comes last; and the counters are zero again
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -167,7 +186,7 @@ def test_fp8_weights(name: str, kind: dict[str, Any], num_tokens: int, make_laye
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens", [1, 2, 7, 8, 100])
+@pytest.mark.parametrize("num_tokens", [1, 4, 7, 64, 100])
 @pytest.mark.parametrize("size", [(6144, 4096), (4096, 14336), (1024, 3072), (50272, 768)], ids=str)
 def test_realistic_sizes(num_tokens: int, size: tuple[int, int], make_layer: MakeLayer, error: Any) -> None:
     for kind in KINDS:

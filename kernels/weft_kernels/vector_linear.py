@@ -9,20 +9,18 @@ tensor cores fed by asynchronous copies (8B, one token, all layers: 3.65 ms agai
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from weft_kernels.launch import can_overlap
 from weft_kernels.ops import Activation, Norm
 
-MAX_TOKENS = 8
 
-
-class Tile(NamedTuple):
+class VectorTile(NamedTuple):
     """The weights that a program multiplies at a time: outputs, and columns of K, which must be a multiple of it."""
 
     block_n: int
@@ -36,7 +34,7 @@ def _sum_groups(value: tl.tensor) -> tl.tensor:
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _skinny_linear_kernel(
+def _vector_linear_kernel(
     x: tl.tensor,  # [T, K]
     weight: tl.tensor,  # [N, K]
     weight_scale: tl.tensor | None,  # float32 [N]
@@ -67,10 +65,10 @@ def _skinny_linear_kernel(
     weights = weight + rows.to(tl.int64)[:, None, None] * size + columns
     inputs = x + tl.minimum(token, num_tokens - 1)[None, :, None] * size + columns
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
+        gdc_launch_dependents()
     tile = tl.load(weights, eviction_policy="evict_first")
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
+        gdc_wait()
 
     squares = tl.zeros((1, BLOCK_T, BLOCK_K // 8), tl.float32)
     if norm_bias is not None:
@@ -120,13 +118,7 @@ def _skinny_linear_kernel(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
-@functools.cache
-def _can_overlap(device: torch.device) -> bool:
-    """Whether a kernel can start before the one in front of it has ended (programmatic dependent launch)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def skinny_linear(
+def vector_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -134,11 +126,11 @@ def skinny_linear(
     norm: Norm | None,
     residual: Tensor | None,
     activation: Activation | None,
-    tile: Tile,
+    tile: VectorTile,
 ) -> Tensor:
-    """``Ops.linear`` of 1 to ``MAX_TOKENS`` tokens."""
+    """``Ops.linear`` of a few tokens, more than none."""
     (num_tokens, size), num_outputs = x.shape, weight.shape[0]
-    assert 0 < num_tokens <= MAX_TOKENS
+    assert num_tokens > 0
     assert weight.shape[1] == size
     assert size % tile.block_k == 0
     assert x.is_contiguous()
@@ -147,8 +139,8 @@ def skinny_linear(
     if activation == "silu_and_mul":
         width, owned = width // 2, owned // 2
     out = x.new_empty((num_tokens, width)) if residual is None else residual
-    overlap = _can_overlap(x.device)
-    _skinny_linear_kernel[(triton.cdiv(width, owned),)](
+    overlap = can_overlap(x.device)
+    _vector_linear_kernel[(triton.cdiv(width, owned),)](
         x,
         weight,
         weight_scale,
@@ -168,6 +160,6 @@ def skinny_linear(
         OVERLAP=overlap,
         # A thread's 8 columns times the threads are the block: weights and activations are laid out alike.
         num_warps=max(1, tile.block_k // 256),
-        **({"launch_pdl": True} if overlap else {}),
+        launch_pdl=overlap,
     )
     return out

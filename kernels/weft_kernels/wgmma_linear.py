@@ -1,0 +1,210 @@
+"""The linear layers of some tokens in Gluon, for Hopper: the weights stream once through the tensor cores.
+
+The product is taken as weights times activations, ``yᵀ = W xᵀ``, so that outputs fill the 64 rows of a wgmma and a few
+tokens are no waste. A program owns ``BLOCK_N`` outputs (for silu_and_mul half of them gates, half the matching ups) and
+one of ``NUM_SPLITS`` stretches of K; TMA copies keep ``NUM_STAGES - 1`` tiles on their way, of the weights even before
+the kernel in front has ended. With several stretches, each program leaves its sums in ``partials``; the one that comes
+last adds them in order, so that results do not depend on who was last, and resets the counter for the next launch.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from weft_kernels.ops import Activation
+
+_MAX_BLOCKS = 1 << 14  # of outputs, if K is split
+_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+
+class WgmmaTile(NamedTuple):
+    """Outputs of a program (64 or 128; 128 or 256 for silu_and_mul), columns of K a step, which K is a multiple of,
+    stretches of K, and steps in shared memory at a time."""
+
+    block_n: int
+    block_k: int
+    num_splits: int
+    num_stages: int
+
+
+@gluon.jit
+def _copy_weights(weight, tiles, barriers, stage, column, width, k, wanted, OWNED: gl.constexpr, BYTES: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Start the copy of a step's weights; its barrier waits for ``BYTES``, those of the activations included."""
+    barrier, tile = barriers.index(stage), tiles.index(stage)
+    mbarrier.expect(barrier, BYTES, pred=wanted)
+    tma.async_copy_global_to_shared(weight, [column, k], barrier, tile.slice(0, OWNED), pred=wanted)
+    if tile.shape[0] > OWNED:
+        tma.async_copy_global_to_shared(weight, [width + column, k], barrier, tile.slice(OWNED, OWNED), pred=wanted)
+
+
+@gluon.jit
+def _sum_over_splits(acc, partials, counter, NUM_SPLITS: gl.constexpr, num_warps: gl.constexpr):  # type: ignore[no-untyped-def]
+    """(the sum over the splits, True) for the program that comes last, (its own part, False) for the others."""
+    SIZE: gl.constexpr = acc.shape[0] * acc.shape[1]
+    flat: gl.constexpr = gl.BlockedLayout([4], [32], [num_warps], [0])
+    at = partials + gl.arange(0, SIZE, layout=flat)
+    gl.store(at + gl.program_id(1) * SIZE, gl.convert_layout(acc.reshape([SIZE]), flat))
+    gl.thread_barrier()  # every thread's sums are stored before the count says so
+    is_last = gl.atomic_add(counter, 1, sem="acq_rel") == NUM_SPLITS - 1
+    if is_last:
+        total = gl.load(at, cache_modifier=".cg")
+        for other in gl.static_range(1, NUM_SPLITS):
+            total += gl.load(at + other * SIZE, cache_modifier=".cg")
+        acc = gl.convert_layout(total.reshape([acc.shape[0], acc.shape[1]]), acc.type.layout)
+        gl.store(counter, 0)
+    return acc, is_last
+
+
+@gluon.jit(do_not_specialize=["num_tokens"])
+def _wgmma_linear_kernel(  # type: ignore[no-untyped-def]
+    weight,  # descriptor of [N, K]
+    x,  # descriptor of [T, K]
+    bias,  # [N] or None
+    residual,  # [T, N] or None
+    out,  # [T, N], or [T, N / 2] for silu_and_mul; may be the residual
+    partials,  # float32 [blocks, NUM_SPLITS, BLOCK_N * BLOCK_T]; None for one split
+    counters,  # int32, all zero
+    num_tokens,
+    num_outputs,  # N
+    size,  # K
+    ACTIVATION: gl.constexpr,
+    BLOCK_T: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    NUM_SPLITS: gl.constexpr,
+    NUM_STAGES: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    GATED: gl.constexpr = ACTIVATION == "silu_and_mul"
+    OWNED: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    BYTES: gl.constexpr = (BLOCK_N + BLOCK_T) * BLOCK_K * 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, BLOCK_T, 16]
+    )
+    weights = gl.allocate_shared_memory(weight.dtype, [NUM_STAGES, BLOCK_N, BLOCK_K], weight.layout)
+    inputs = gl.allocate_shared_memory(x.dtype, [NUM_STAGES, BLOCK_T, BLOCK_K], x.layout)
+    barriers = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUM_STAGES):
+        mbarrier.init(barriers.index(i), count=1)
+    fence_async_shared()
+
+    block, split = gl.program_id(0), gl.program_id(1)
+    width = num_outputs // 2 if GATED else num_outputs
+    column = block * OWNED
+    num_steps = size // BLOCK_K
+    first, last = num_steps * split // NUM_SPLITS, num_steps * (split + 1) // NUM_SPLITS
+    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+    for i in gl.static_range(NUM_STAGES - 1):
+        k, wanted = (first + i) * BLOCK_K, first + i < last
+        _copy_weights(weight, weights, barriers, i, column, width, k, wanted, OWNED, BYTES)
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+    for i in gl.static_range(NUM_STAGES - 1):
+        k, wanted = (first + i) * BLOCK_K, first + i < last
+        tma.async_copy_global_to_shared(x, [0, k], barriers.index(i), inputs.index(i), pred=wanted)
+
+    acc = gl.zeros([BLOCK_N, BLOCK_T], gl.float32, layout)
+    for step in range(first, last):
+        stage = (step - first) % NUM_STAGES
+        mbarrier.wait(barriers.index(stage), (step - first) // NUM_STAGES & 1)
+        acc = warpgroup_mma(weights.index(stage), inputs.index(stage).permute([1, 0]), acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=[acc])  # the product before has left its stage, which is filled again
+        ahead = step + NUM_STAGES - 1
+        k, wanted = ahead * BLOCK_K, ahead < last
+        free = (ahead - first) % NUM_STAGES
+        _copy_weights(weight, weights, barriers, free, column, width, k, wanted, OWNED, BYTES)
+        tma.async_copy_global_to_shared(x, [0, k], barriers.index(free), inputs.index(free), pred=wanted)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+
+    is_last = True
+    if NUM_SPLITS > 1:
+        own = partials + block.to(gl.int64) * (NUM_SPLITS * BLOCK_N * BLOCK_T)
+        acc, is_last = _sum_over_splits(acc, own, counters + block, NUM_SPLITS, num_warps)
+    if is_last:
+        store_layout: gl.constexpr = gl.BlockedLayout([8, 1], [4, 8], [1, num_warps], [0, 1])
+        columns = column + gl.arange(0, OWNED, layout=gl.SliceLayout(1, store_layout))
+        tokens = gl.arange(0, BLOCK_T, layout=gl.SliceLayout(0, store_layout))
+        if GATED:
+            gate, up = acc.reshape([2, OWNED, BLOCK_T]).permute([1, 2, 0]).split()
+            y = gl.convert_layout(gate / (1.0 + gl.exp(-gate)) * up, store_layout)
+        else:
+            y = gl.convert_layout(acc, store_layout)
+        if bias is not None:
+            y += gl.load(bias + columns, mask=columns < width, other=0.0).to(gl.float32)[:, None]
+        if ACTIVATION == "relu":
+            y = gl.maximum(y, 0.0)
+        at = tokens[None, :] * width + columns[:, None]
+        inside = (tokens < num_tokens)[None, :] & (columns < width)[:, None]
+        if residual is not None:
+            y += gl.load(residual + at, mask=inside, other=0.0).to(gl.float32)
+        gl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+
+
+@functools.cache
+def _counters(device: torch.device) -> Tensor:
+    """Each launch leaves them at zero, and of launches on a stream one ends before the next counts."""
+    return torch.zeros(_MAX_BLOCKS, dtype=torch.int32, device=device)
+
+
+def wgmma_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: Activation | None,
+    tile: WgmmaTile,
+) -> Tensor:
+    """``Ops.linear`` without its norm, of 1 to 128 tokens and weights of 16 bits; silu_and_mul without a bias."""
+    (num_tokens, size), num_outputs = x.shape, weight.shape[0]
+    assert 0 < num_tokens <= 128
+    assert weight.shape[1] == size
+    assert size % tile.block_k == 0
+    assert x.is_contiguous()
+    assert weight.is_contiguous()
+    width, owned = num_outputs, tile.block_n
+    if activation == "silu_and_mul":
+        assert bias is None
+        width, owned = width // 2, owned // 2
+    out = x.new_empty((num_tokens, width)) if residual is None else residual
+    block_t = max(16, triton.next_power_of_2(num_tokens))
+    num_blocks = triton.cdiv(width, owned)
+    partials = None
+    if tile.num_splits > 1:
+        assert num_blocks <= _MAX_BLOCKS
+        shape = (num_blocks, tile.num_splits, tile.block_n * block_t)
+        partials = torch.empty(shape, dtype=torch.float32, device=x.device)
+    _wgmma_linear_kernel[(num_blocks, tile.num_splits)](
+        TensorDescriptor.from_tensor(weight, [owned, tile.block_k], _LAYOUT),
+        TensorDescriptor.from_tensor(x, [block_t, tile.block_k], _LAYOUT),
+        bias,
+        residual,
+        out,
+        partials,
+        _counters(x.device),
+        num_tokens,
+        num_outputs,
+        size,
+        ACTIVATION=activation,
+        BLOCK_T=block_t,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        NUM_SPLITS=tile.num_splits,
+        NUM_STAGES=tile.num_stages,
+        num_warps=8 if tile.block_n == 256 else 4,
+        launch_pdl=True,
+    )
+    return out
