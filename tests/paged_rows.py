@@ -69,9 +69,10 @@ def run_rank(rank: int, checkpoints: list[Path], rendezvous: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     for checkpoint in checkpoints:
-        config = load_model_config(checkpoint)
-        model = load_model(config, checkpoint, device=CPU, tp=TensorParallel(rank, 2))
-        (logits,) = Rows(model, config, 1, tp=2).step([(0, prompt(21, seed=7))])
-        if rank == 0:
-            torch.save(logits, checkpoint / "logits.pt")
+        for dtype in ("float32", "bfloat16"):
+            config = load_model_config(checkpoint, dtype=dtype)
+            model = load_model(config, checkpoint, device=CPU, tp=TensorParallel(rank, 2))
+            (logits,) = Rows(model, config, 1, tp=2).step([(0, prompt(21, seed=7))])
+            if rank == 0:
+                torch.save(logits, checkpoint / f"logits-{dtype}.pt")
     torch.distributed.destroy_process_group()

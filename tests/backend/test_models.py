@@ -136,5 +136,10 @@ def test_two_ranks_are_one_model(tmp_path: Path) -> None:
         process.join()
     assert [process.exitcode for process in ranks] == [0, 0]
     for checkpoint in checkpoints:
-        logits = torch.load(checkpoint / "logits.pt", weights_only=True)
-        assert distance(logits, load_reference(checkpoint)(prompt(21, seed=7))) < TOLERANCE
+        exact = load_reference(checkpoint)(prompt(21, seed=7))
+        full, half = (torch.load(checkpoint / f"logits-{d}.pt", weights_only=True) for d in ("float32", "bfloat16"))
+        assert distance(full, exact) < TOLERANCE
+        config = load_model_config(checkpoint, dtype="bfloat16")
+        (alone,) = Rows(load_model(config, checkpoint, device=CPU), config, 1).step([(0, prompt(21, seed=7))])
+        # Measured: 0.95 to 1.24 of one rank's error; partial sums are rounded before they are summed.
+        assert 0 < (half - exact).square().mean() < 1.5 * (alone - exact).square().mean()
