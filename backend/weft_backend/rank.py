@@ -155,9 +155,9 @@ def make_runner(
 
 def follow(config: EngineConfig, rank: int, leader: Connection) -> None:
     """Be a rank other than 0: load what rank 0 names, then launch what it launches. Raises EOFError when it is gone."""
-    path, model_config, port = leader.recv()
     device, size = resolve_device(config, rank), config.tensor_parallel_size
-    use_device(device, size)
+    use_device(device, size)  # the GPU makes itself ready while rank 0 reads files
+    path, model_config, port = leader.recv()
     tp = _join(rank, size, device, TCPStore(_LOOPBACK, port))
     seed = config.seed or 0
     model = load_model(model_config, path, device=device, load_format=config.load_format, seed=seed, tp=tp)
