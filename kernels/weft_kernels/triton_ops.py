@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from weft_kernels.layout import BatchLayout
 from weft_kernels.linear import linear
 from weft_kernels.norm import normalize
-from weft_kernels.paged_decode_attention import choose_num_splits, paged_decode_attention
+from weft_kernels.paged_decode_attention import paged_decode_attention
 from weft_kernels.paged_prefill_attention import paged_prefill_attention
 from weft_kernels.reference import copy_pages
 from weft_kernels.rope_and_write_kv import rope_and_write_kv
@@ -30,11 +28,6 @@ __all__ = [
 ]
 
 
-@functools.cache
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -48,9 +41,7 @@ def paged_attention(
     out = torch.empty_like(q)
     inputs = (q, k_cache, v_cache, layout, scale, sliding_window, alibi_slopes)
     if layout.max_decode_rows:
-        longest = min(layout.max_seq_len, sliding_window or layout.max_seq_len)
-        num_splits = choose_num_splits(layout.max_decode_rows, k_cache.shape[1], longest, _num_sms(q.device))
-        paged_decode_attention(*inputs, out, num_splits)
+        paged_decode_attention(*inputs, out)
     if layout.max_chunk_tokens:
         paged_prefill_attention(*inputs, out)
     return out

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from weft_kernels import reference, triton_ops
-from weft_kernels.paged_decode_attention import choose_num_splits, paged_decode_attention
 
 ERROR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 ATTENTION = {"twin": reference.paged_attention, "triton": triton_ops.paged_attention}
@@ -119,22 +118,6 @@ def test_the_window_is_that_of_transformers(device: torch.device, paged_batch: A
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(0, 1)
     assert error(run("triton", batch, 7), expected) < ERROR[torch.float32]
     assert error(run("twin", batch, 7), expected) < ERROR[torch.float32]
-
-
-@pytest.mark.parametrize("num_splits", [1, 2, 8])
-@pytest.mark.parametrize("window", [0, 70])
-def test_splits_agree(num_splits: int, window: int, device: torch.device, paged_batch: Any, error: Any) -> None:
-    batch = paged_batch(**SMALL | dict(rows=[*DECODE[:2], (0, 1), (300, 1)], num_decode_rows=4), device=device)
-    out = torch.full_like(batch.q, float("nan"))
-    inputs = (batch.q, batch.k_cache, batch.v_cache, batch.layout)
-    paged_decode_attention(*inputs, 0.25, window, None, out, num_splits)
-    assert error(out, dense(batch, window)) < ERROR[torch.float32]
-
-
-def test_the_number_of_splits_fills_the_gpu() -> None:
-    assert choose_num_splits(num_rows=256, num_kv_heads=8, max_seq_len=131072, num_sms=132) == 1
-    assert choose_num_splits(num_rows=1, num_kv_heads=8, max_seq_len=131072, num_sms=132) == 64
-    assert choose_num_splits(num_rows=1, num_kv_heads=8, max_seq_len=64, num_sms=132) == 1
 
 
 @pytest.mark.parametrize("name", ATTENTION)

@@ -1,0 +1,90 @@
+"""How the decode kernel shares its work out: over any number of programs, rows and empty rows, and again and again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from weft_kernels import reference
+from weft_kernels.paged_decode_attention import paged_decode_attention
+
+ERROR = 2e-6
+ROWS = [(1, 1), (37, 1), (0, 1), (300, 1), (64, 1), (0, 1)]
+SMALL = dict(num_decode_rows=6, num_heads=6, num_kv_heads=2, head_dim=16, page_size=16, dtype=torch.float32)
+
+
+def decode(batch: Any, num_programs: int | None, window: int = 0, slopes: torch.Tensor | None = None) -> torch.Tensor:
+    out = torch.full_like(batch.q, float("nan"))
+    inputs = (batch.q, batch.k_cache, batch.v_cache, batch.layout, 0.25, window, slopes)
+    paged_decode_attention(*inputs, out, num_programs)
+    return out
+
+
+@pytest.mark.parametrize("num_programs", [1, 2, 5, 14, 40])  # for 30 tiles, or 16 in the window
+@pytest.mark.parametrize("window", [0, 70])
+def test_any_number_of_programs(
+    num_programs: int, window: int, device: torch.device, paged_batch: Any, error: Any
+) -> None:
+    batch = paged_batch(ROWS, **SMALL, device=device)
+    slopes = torch.rand(6, device=device)
+    out = decode(batch, num_programs, window, slopes)
+    assert error(out, batch.dense_attention(0.25, window, slopes)) < ERROR
+    assert torch.equal(decode(batch, num_programs, window, slopes), out), "counters are back at zero"
+
+
+def test_rows_beyond_those_that_decode(device: torch.device, paged_batch: Any, error: Any) -> None:
+    batch = paged_batch(ROWS, **SMALL, device=device)
+    batch.layout.num_decode_rows.fill_(4)
+    out = decode(batch, 5)
+    assert error(out[:4], batch.dense_attention(0.25)[:4]) < ERROR
+    assert torch.equal(out[4:], torch.zeros_like(out[4:]))
+
+
+def test_no_rows_at_all(device: torch.device, paged_batch: Any) -> None:
+    batch = paged_batch(ROWS, **SMALL, device=device)
+    batch.layout.num_decode_rows.fill_(0)
+    assert torch.equal(decode(batch, 5), torch.zeros_like(batch.q))
+
+
+@pytest.mark.parametrize("num_heads", [2, 6, 24])  # 1, 3 and 12 a key-value head
+def test_caches_of_float8(num_heads: int, device: torch.device, paged_batch: Any, error: Any) -> None:
+    sizes = SMALL | dict(num_heads=num_heads, dtype=torch.float16)
+    batch = paged_batch(ROWS, **sizes, device=device)
+    unrounded = batch.dense_attention(0.25)
+    batch.k_cache, batch.v_cache = (cache.to(torch.float8_e4m3fn) for cache in (batch.k_cache, batch.v_cache))
+    for rows in (batch.keys, batch.values):
+        rows[:] = [row.to(torch.float8_e4m3fn).to(torch.float16) for row in rows]
+    out, expected = decode(batch, 5), batch.dense_attention(0.25)
+    assert error(out, expected) < 1e-3
+    assert error(out, unrounded) > 1e-2
+    twin = reference.paged_attention(batch.q, batch.k_cache, batch.v_cache, batch.layout, 0.25)
+    assert error(twin, expected) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("heads", [(32, 8, 128), (16, 8, 128), (28, 4, 128), (12, 12, 64), (40, 40, 128)], ids=str)
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_realistic_sizes(
+    cache_dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    page_size: int,
+    device: torch.device,
+    paged_batch: Any,
+    error: Any,
+) -> None:
+    num_heads, num_kv_heads, head_dim = heads
+    rows = [(length, 1) for length in (1, 0, 511, 4099, 1024, 7, 2048, 0, 333)]
+    batch = paged_batch(
+        rows, num_decode_rows=len(rows), num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        page_size=page_size, dtype=torch.bfloat16, device=device,
+    )  # fmt: skip
+    batch.k_cache, batch.v_cache = batch.k_cache.to(cache_dtype), batch.v_cache.to(cache_dtype)
+    for dense in (batch.keys, batch.values):
+        dense[:] = [row.to(cache_dtype).to(torch.bfloat16) for row in dense]
+    out = decode(batch, None)
+    assert error(out, batch.dense_attention(0.25)) < 8e-3
+    for _ in range(50):
+        assert torch.equal(decode(batch, None), out), "the order in which programs arrive does not show"
