@@ -50,6 +50,7 @@ class Rows:
             page_table=self.table,
             num_decode_rows=torch.tensor([query_lens.count(1)], dtype=torch.int32),
             max_decode_rows=query_lens.count(1),
+            max_chunks=len(query_lens) - query_lens.count(1),
             max_chunk_tokens=sum(n for n in query_lens if n > 1),
             max_seq_len=max(self.lens),
         )

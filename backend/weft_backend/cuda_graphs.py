@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft_backend.step import StepPlan
+from weft_backend.step import MAX_CHUNKS, StepPlan
 
 MAX_PADDED_TOKENS = 2048
 
@@ -32,13 +32,14 @@ class StepShape:
     num_tokens: int
     num_rows: int
     max_decode_rows: int
+    max_chunks: int
     max_chunk_tokens: int
 
     @staticmethod
     def of(plan: StepPlan) -> StepShape:
         """The plan's own."""
-        num_tokens, num_rows = plan.num_tokens, len(plan.rows)
-        return StepShape(num_tokens, num_rows, plan.num_decode_rows, num_tokens - plan.num_decode_rows)
+        num_tokens, num_rows, num_decodes = plan.num_tokens, len(plan.rows), plan.num_decode_rows
+        return StepShape(num_tokens, num_rows, num_decodes, num_rows - num_decodes, num_tokens - num_decodes)
 
 
 Forward = Callable[[StepShape], Tensor]  # hidden states [T, H]; those to sample from, where Sample finds them
@@ -91,11 +92,12 @@ class StepGraphs:
         return results
 
     def _mixed_shape(self, num_tokens: int) -> StepShape:
-        return StepShape(num_tokens, self._max_num_seqs, min(self._max_num_seqs, num_tokens), num_tokens)
+        num_rows = self._max_num_seqs
+        return StepShape(num_tokens, num_rows, min(num_rows, num_tokens), min(num_rows, MAX_CHUNKS), num_tokens)
 
 
 def _decode_shape(num_rows: int) -> StepShape:
-    return StepShape(num_rows, num_rows, num_rows, 0)
+    return StepShape(num_rows, num_rows, num_rows, 0, 0)
 
 
 def _at_least(number: int, sizes: list[int]) -> int:

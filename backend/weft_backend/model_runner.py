@@ -126,6 +126,11 @@ class ModelRunner:
         return self._cache.num_pages
 
     @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        return self._cache.page_size
+
+    @property
     def num_host_pages(self) -> int:
         """Swap pages, for the scheduler."""
         return self._cache.num_host_pages
@@ -193,6 +198,7 @@ class ModelRunner:
             page_table=tables.page_table,
             num_decode_rows=inputs.num_decode_rows,
             max_decode_rows=shape.max_decode_rows,
+            max_chunks=shape.max_chunks,
             max_chunk_tokens=shape.max_chunk_tokens,
             max_seq_len=self._state.max_model_len,
         )

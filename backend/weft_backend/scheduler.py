@@ -26,6 +26,7 @@ from weft_backend.prefix_cache import PageMove, PrefixCache
 from weft_backend.row_table import IndexArray, RowTable
 from weft_backend.sequence import Request, Sequence, Status
 from weft_backend.step import (
+    MAX_CHUNKS,
     BoolArray,
     FinishCode,
     Int32Array,
@@ -86,6 +87,11 @@ class Draft:
     swap_in: list[PageMove] = field(default_factory=list)
     copy: list[PageMove] = field(default_factory=list)
     new_forks: list[Sequence] = field(default_factory=list)  # queued only after this plan computes their prompt
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another prefill chunk fits."""
+        return self.budget > 0 and sum(not chunk.is_decode for chunk in self.chunks) < MAX_CHUNKS
 
     def num_computed_before(self, sequence: Sequence) -> int:
         """The sequence's tokens, up to those with which it took its row, that earlier plans compute."""
@@ -241,7 +247,7 @@ class Scheduler:
 
     def _admit_waiting(self, draft: Draft) -> None:
         """Start waiting sequences while there are rows, pages and budget."""
-        while draft.budget > 0 and self.rows.num_free and (sequence := self.waiting.peek()):
+        while draft.has_room and self.rows.num_free and (sequence := self.waiting.peek()):
             if not (self._fork(sequence, draft) or self._start(sequence, draft)):
                 break
             self.waiting.discard(sequence)

@@ -371,7 +371,7 @@ def hopper_prefill_attention(
     keys = 64 if layout.max_seq_len <= 2048 else 128
     max_pages, group = layout.page_table.shape[1], num_heads // num_kv_heads
     cut = _cut(num_kv_heads, group, dim, page_size, max_pages, sliding_window, keys)
-    num_tiles = layout.max_chunk_tokens // cut.queries.value + num_rows
+    num_tiles = layout.max_chunk_tokens // cut.queries.value + layout.max_chunks
     k_desc, v_desc = (
         TensorDescriptor.from_tensor(cache.view(-1, dim), [cut.box.value, 64], SWIZZLED) for cache in (k_cache, v_cache)
     )

@@ -24,5 +24,6 @@ class BatchLayout:
     page_table: Tensor  # int32 [R, max_pages] pages of every row, the whole resident table
     num_decode_rows: Tensor  # int32 [1]: rows 0 to num_decode_rows - 1 are decode rows, row b with token b
     max_decode_rows: int  # a bound on it; 0: there are none
-    max_chunk_tokens: int  # a bound on the tokens of prefill chunks; 0: there are none
+    max_chunks: int  # a bound on prefill chunks, which follow; 0: there are none
+    max_chunk_tokens: int  # a bound on their tokens
     max_seq_len: int  # a bound on seq_lens

@@ -185,7 +185,7 @@ def paged_prefill_attention(
         return
     block_d = max(16, triton.next_power_of_2(dim))  # a dot takes no less
     block_m, block_n, num_warps, num_stages = _tile_shape(block_d, q.element_size(), group)
-    num_tiles = layout.max_chunk_tokens // (block_m // group) + num_rows
+    num_tiles = layout.max_chunk_tokens // (block_m // group) + layout.max_chunks
     _prefill_kernel[(num_kv_heads, num_tiles)](
         q,
         k_cache,

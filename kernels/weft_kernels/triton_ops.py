@@ -42,6 +42,6 @@ def paged_attention(
     inputs = (q, k_cache, v_cache, layout, scale, sliding_window, alibi_slopes)
     if layout.max_decode_rows:
         paged_decode_attention(*inputs, out)
-    if layout.max_chunk_tokens:
+    if layout.max_chunks:
         paged_prefill_attention(*inputs, out)
     return out

@@ -137,7 +137,7 @@ def test_an_ended_row_is_masked_until_its_row_is_taken_again() -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("shape", [StepShape(3, 3, 3, 0), StepShape(5, 8, 5, 5)], ids=["decode", "mixed"])
+@pytest.mark.parametrize("shape", [StepShape(3, 3, 3, 0, 0), StepShape(5, 8, 5, 2, 5)], ids=["decode", "mixed"])
 def test_padding_changes_nothing(shape: StepShape) -> None:
     runner = make_runner()
     sequence = start(make_request([5, 9, 2], max_tokens=9), row=0, pages=[4, 5])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from weft_backend.scheduler import Scheduler
 from weft_backend.sequence import Request, Sampling
-from weft_backend.step import FinishCode, StepOutput, StepPlan, StepResult
+from weft_backend.step import MAX_CHUNKS, FinishCode, StepOutput, StepPlan, StepResult
 
 STOP_TOKEN = 7
 
@@ -115,6 +115,7 @@ class Drive:
         plan = self.scheduler.schedule()
         if plan is not None:
             assert plan.num_tokens <= self.scheduler.max_num_batched_tokens
+            assert len(plan.rows) - plan.num_decode_rows <= MAX_CHUNKS
             self.plans.append(plan)
             self.in_flight.append((plan, self.device.run(plan)))
         while len(self.in_flight) > (self.depth if plan else 0):
@@ -275,3 +276,14 @@ def test_nan_ends_one_sequence_and_its_pages_are_not_matched() -> None:
 def test_a_pool_too_small_for_one_sequence_is_refused() -> None:
     with pytest.raises(ValueError, match="max_model_len"):
         Drive(num_pages=9)
+
+
+def test_a_step_takes_few_chunks_and_any_number_of_decode_rows() -> None:
+    drive = Drive(num_pages=400, max_num_seqs=100, max_num_batched_tokens=400)
+    for slot in range(2 * MAX_CHUNKS + 1):
+        drive.add(slot, [slot % 40, 2], max_tokens=8)
+    for _ in range(3):
+        drive.step()
+    counts = [(plan.num_decode_rows, len(plan.rows) - plan.num_decode_rows) for plan in drive.plans]
+    assert counts == [(0, MAX_CHUNKS), (MAX_CHUNKS, MAX_CHUNKS), (2 * MAX_CHUNKS, 1)]
+    drive.run()

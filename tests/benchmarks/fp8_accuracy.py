@@ -126,6 +126,7 @@ def logits_of(model: Model, config: ModelConfig, token_ids: list[int], kv_dtype:
         page_table=ints(*range(num_pages))[None],
         num_decode_rows=ints(0),
         max_decode_rows=0,
+        max_chunks=1,
         max_chunk_tokens=num_tokens,
         max_seq_len=num_tokens,
     )

@@ -235,6 +235,7 @@ class Bench:
             page_table=page_table,
             num_decode_rows=torch.tensor([num_decode_rows], dtype=torch.int32, device=self._device),
             max_decode_rows=num_decode_rows,
+            max_chunks=num_rows - num_decode_rows,
             max_chunk_tokens=0 if num_decode_rows else num_tokens,
             max_seq_len=seq_len,
         )

@@ -1,6 +1,6 @@
 """Where a step's time goes on a GPU: its kernels by total time, and the host's time to launch and collect it.
 
-    python tests/benchmarks/step_profile.py SHAPE_DIR [--rows 1,64,256] [--chunk 1024] [--context 1024] [--top 14]
+    python tests/benchmarks/step_profile.py SHAPE_DIR [--rows 1,64,256] [--chunk 1024] [--context 1024] [--page-size 16] [--top 14]
 
 Weights are random. Prints, for decode steps of so many rows and for a prompt of so many tokens: the step's time on the
 device (events around many launches), the host's time to launch and to collect, and each kernel's calls, time and share.
@@ -24,20 +24,19 @@ from weft_backend.models import load_model
 from weft_backend.sequence import Sequence
 from weft_backend.step import PageMoves, StepPlan
 
-PAGE_SIZE = 16
 DEVICE = torch.device("cuda")
 NO_MOVES = PageMoves(*(np.zeros((0, 2), np.int32),) * 3)
 NO_UPDATES = np.zeros((0, 3), np.int32)
 
 
-def make_runner(shape_dir: Path, max_num_seqs: int) -> ModelRunner:
+def make_runner(shape_dir: Path, max_num_seqs: int, page_size: int) -> ModelRunner:
     config = load_model_config(shape_dir)
     max_len = min(4096, config.max_model_len)
     model = load_model(config, shape_dir, device=DEVICE, load_format="dummy")
     dtype = getattr(torch, config.dtype)
     return ModelRunner(
         model,
-        page_shape=PageShape(config.num_layers, config.num_kv_heads, PAGE_SIZE, config.head_dim, dtype),
+        page_shape=PageShape(config.num_layers, config.num_kv_heads, page_size, config.head_dim, dtype),
         vocab_size=config.vocab_size,
         device=DEVICE,
         max_model_len=max_len,
@@ -53,11 +52,12 @@ def make_plan(runner: ModelRunner, num_rows: int, context: int, chunk: int, new:
     for row in range(num_rows):
         request = make_request([row + 5] * context, max_tokens=64, temperature=0.7, stop_token_ids=())
         sequences.append(Sequence(request, 0, list(request.prompt_token_ids), row=row))
-    num_pages = -(-(context + 64) // PAGE_SIZE)
+    page_size = runner.page_size
+    num_pages = -(-(context + 64) // page_size)
     updates = [
         (row, column, (row * num_pages + column) % runner.num_pages)
         for row in range(num_rows)
-        for column in range(min(num_pages, runner.max_model_len // PAGE_SIZE))
+        for column in range(min(num_pages, runner.max_model_len // page_size))
     ]
     return StepPlan(
         step=1,
@@ -113,11 +113,12 @@ def main() -> None:
     parser.add_argument("--rows", default="1,8,64,256")
     parser.add_argument("--chunk", type=int, default=1024)
     parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--page-size", type=int, default=EngineConfig().block_size)
     parser.add_argument("--top", type=int, default=14)
     options = parser.parse_args()
     rows = [int(number) for number in options.rows.split(",")]
     start = time.perf_counter()
-    runner = make_runner(options.shape_dir, max(256, *rows))
+    runner = make_runner(options.shape_dir, max(256, *rows), options.page_size)
     print(f"{options.shape_dir.name}: {torch.cuda.get_device_name()}, ready after {time.perf_counter() - start:.1f} s")
     for num_rows in rows:
         report(runner, num_rows, options.context, 0, options.top)

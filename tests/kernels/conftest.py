@@ -98,6 +98,7 @@ def make_paged_batch(
         page_table=page_table.to(device),
         num_decode_rows=torch.tensor([num_decode_rows], dtype=torch.int32, device=device),
         max_decode_rows=num_decode_rows,
+        max_chunks=len(query_lens) - num_decode_rows,
         max_chunk_tokens=sum(query_lens[num_decode_rows:]),
         max_seq_len=max(max_seq_len, *seq_lens),
     )

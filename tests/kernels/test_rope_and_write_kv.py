@@ -79,6 +79,7 @@ def make_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torc
             page_table=unused[None],
             num_decode_rows=unused,
             max_decode_rows=0,
+            max_chunks=1,
             max_chunk_tokens=num_tokens,
             max_seq_len=1,
         ),
