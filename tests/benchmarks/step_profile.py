@@ -51,7 +51,7 @@ def make_plan(runner: ModelRunner, num_rows: int, context: int, chunk: int, new:
     sequences = []
     for row in range(num_rows):
         request = make_request([row + 5] * context, max_tokens=64, temperature=0.7, stop_token_ids=())
-        sequences.append(Sequence(request, 0, list(request.prompt_token_ids), row=row))
+        sequences.append(Sequence(request, 0, request.prompt_token_ids.copy(), row=row))
     page_size = runner.page_size
     num_pages = -(-(context + 64) // page_size)
     updates = [
