@@ -31,7 +31,7 @@ def linear(
     """x [T, K], weight [N, K] -> [T, N], or the residual, to which it is added. See ``Ops.linear``."""
     (num_tokens, size), num_outputs = x.shape, weight.shape[0]
     if x.dtype != torch.float32:
-        tile = vector_tile(num_tokens, size)
+        tile = vector_tile(num_tokens, num_outputs, size)
         if tile is not None:
             return vector_linear(x, weight, bias, weight_scale, norm, residual, activation, tile)
     if weight_scale is not None:

@@ -11,12 +11,15 @@ MAX_WGMMA_TOKENS = 128
 NUM_SMS = 132  # of an H200
 
 
-def vector_tile(num_tokens: int, size: int) -> VectorTile | None:
+def vector_tile(num_tokens: int, num_outputs: int, size: int) -> VectorTile | None:
     """The tile for ``vector_linear``; None: another way is faster, or K is no multiple of 32."""
-    block_k = next((block_k for block_k in (1024, 512, 256, 128, 64, 32) if size % block_k == 0), None)
+    sizes = (2048, 1024) if size == 2048 else (1024, 512, 256, 128, 64, 32)
+    block_k = next((block_k for block_k in sizes if size % block_k == 0), None)
     if block_k is None or not 0 < num_tokens <= MAX_VECTOR_TOKENS:
         return None
-    return VectorTile(4, block_k)
+    if num_outputs < 5000:
+        return VectorTile(8 if size <= 1024 else 4, block_k)
+    return VectorTile(16 if size <= 1024 and num_tokens <= 2 else 8, block_k)
 
 
 def wgmma_tile(num_tokens: int, num_outputs: int, size: int, activation: Activation | None) -> WgmmaTile | None:
