@@ -20,7 +20,7 @@ from weft_backend.server import Backend
 @asynccontextmanager
 async def running_backend(engine: EngineConfig | None = None, **config: Any) -> AsyncIterator[Backend]:
     """A ready backend with the fake engine, on a free port."""
-    settings = BackendConfig(engine=engine or EngineConfig(), address="127.0.0.1:0", **config)
+    settings = BackendConfig(engine=engine or EngineConfig(block_size=16), address="127.0.0.1:0", **config)
     async with Backend(settings, engine_module="weft_backend.testing") as backend:
         await asyncio.wait_for(backend.link.ready, 30)
         await asyncio.sleep(0)

@@ -42,7 +42,7 @@ _NO_REMOTE_CODE = (
 )
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option("--download-dir", help="Folder for downloads.  [default: the hub's cache]")
-@click.option("--block-size", default=16, help="Tokens per page of the KV cache, a power of two.")
+@click.option("--block-size", default=64, help="Tokens per page of the KV cache, a power of two.")
 @click.option("--num-pages", type=int, help="Pages of the KV cache.  [default: what memory holds]")
 @click.option("--gpu-memory-utilization", default=0.9, help="Share of the GPU's memory to use.")
 @click.option("--swap-space", default=0.0, help="GiB of host memory for cached prefixes.")

@@ -29,7 +29,7 @@ class EngineConfig:
     quantization: str | None = None  # fp8: the layers' weights become float8_e4m3fn while they are loaded
     kv_cache_dtype: str = "auto"  # auto, which is dtype, or one of FLOAT8_NAMES
     max_model_len: int | None = None  # None: the model's, or what fits into memory
-    block_size: int = 16  # tokens per page, a power of two
+    block_size: int = 64  # tokens per page, a power of two
     num_pages: int | None = None  # None: what fits into memory
     gpu_memory_utilization: float = 0.9  # share of the device's memory to use
     swap_space: float = 0.0  # GiB of host memory for prefixes that leave the device

@@ -77,7 +77,7 @@ def io(request: pytest.FixtureRequest) -> Iterator[IoSide]:
     """The far end of a running engine, which must be idle and whole at the end."""
     ours, theirs = socket.socketpair()
     ours.settimeout(10)
-    config = EngineConfig(num_pages=64, max_model_len=200, max_queued_tokens=400, max_num_seqs=8)
+    config = EngineConfig(block_size=16, num_pages=64, max_model_len=200, max_queued_tokens=400, max_num_seqs=8)
     engine = build_fake_engine(EngineChannel(theirs), config, pipeline_depth=request.param)
     ended: list[BaseException] = []
     thread = threading.Thread(target=run, args=(engine, ended))

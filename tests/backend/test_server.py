@@ -279,7 +279,7 @@ async def test_random_weights_and_no_tokenizer_serve_token_ids(checkpoint: Path,
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--num-pages", "2"], "--max-model-len"),
+        (["--num-pages", "2", "--block-size", "16"], "--max-model-len"),
         (["--max-model-len", "100000"], "--max-model-len"),
         (["--device", "cuda"], "--device cuda: PyTorch sees no GPU"),
         (["--revision", "main"], "--revision main"),
