@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft_kernels.launch import is_hopper
+from weft_kernels.launch import is_hopper, num_sms
 from weft_kernels.linear_tiles import vector_tile, wgmma_tile
 from weft_kernels.norm import normalize, quantize
 from weft_kernels.ops import Activation, Norm
 from weft_kernels.silu_and_mul import silu_and_mul
+from weft_kernels.tiled_matmul import silu_matmul, suits_tiles
 from weft_kernels.vector_linear import vector_linear
 from weft_kernels.wgmma_linear import wgmma_linear
 
@@ -45,6 +46,9 @@ def linear(
             wide_tile = wgmma_tile(num_tokens, num_outputs, size, activation)
             if wide_tile is not None:
                 return wgmma_linear(x, weight, bias, residual, activation, wide_tile)
+            if activation == "silu_and_mul" and suits_tiles(num_tokens, num_outputs // 2, num_sms(x.device)):
+                y = silu_matmul(x, weight)
+                return y if residual is None else residual.add_(y)
         if residual is not None and bias is None and activation is None:
             return residual.addmm_(x, weight.t())
         y = F.linear(x, weight, bias)

@@ -51,8 +51,8 @@ def _silu_matmul_kernel(
 def suits_tiles(num_tokens: int, size: int, num_sms: int) -> bool:
     """Whether ``silu_matmul`` beats cuBLAS and ``silu_and_mul``: where the last round of tiles is nearly a whole one.
 
-    H200: 2 to 4 % faster for K 4,096 and I 14,336 at 1,024, 3,072 and more tokens; for K 1,024 and I 3,072 13 % at
-    2,048 and 8 % at 8,192. Slower by up to 8 % where the last round leaves more than a twentieth of the GPU idle.
+    H200: 1 to 6 % faster for K 4,096 and I 14,336 at 1,024, 3,072 and more tokens; for K 1,024 and I 3,072 13 % at
+    2,048 and 8 % at 8,192. Slower by up to 10 % where the last round leaves more than a twentieth of the GPU idle.
     """
     rounds = triton.cdiv(num_tokens, BLOCK_M) * triton.cdiv(size, BLOCK_N) / num_sms
     return num_tokens >= 1024 and rounds >= 0.95 * math.ceil(rounds)
