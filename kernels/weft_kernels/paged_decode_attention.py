@@ -300,7 +300,8 @@ def paged_decode_attention(
     block_g = triton.next_power_of_2(group)
     tiling = choose_tiling(block_d, k_cache.element_size())
     if num_programs is None:
-        num_programs = num_sms(q.device) * tiling.programs_per_sm
+        num_items = layout.max_decode_rows * num_kv_heads
+        num_programs = num_items * max(1, num_sms(q.device) * tiling.programs_per_sm // num_items)
     overlap = can_overlap(q.device)
     _decode_kernel[(num_programs,)](
         q,
