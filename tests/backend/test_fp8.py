@@ -23,7 +23,7 @@ from weft_backend.kv_cache import PageShape
 from weft_backend.layers import Source, TensorParallel
 from weft_backend.model_config import load_model_config
 from weft_backend.models import build_model, load_model
-from weft_backend.rank import page_shape, resolve_device
+from weft_backend.rank import page_shape, plan_memory, resolve_device
 
 FLOAT8 = torch.float8_e4m3fn
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -168,6 +168,13 @@ def test_old_gpus_are_refused_by_the_flag(monkeypatch: pytest.MonkeyPatch) -> No
     ):
         with pytest.raises(StartupError, match=rf"^{flag}: needs a GPU of compute capability 8\.9 .*; Older has 8\.6$"):
             resolve_device(config, 0)
+
+
+def test_caches_that_were_seen_wrong_are_refused(tmp_path: Path) -> None:
+    model_config = load_model_config(make_checkpoint("qwen3", tmp_path / "tiny"))
+    model_config = replace(model_config, num_heads=14, num_kv_heads=2, hidden_size=14 * model_config.head_dim)
+    with pytest.raises(StartupError, match=r"^--kv-cache-dtype fp8: needs a power of two .*; this model has 7$"):
+        plan_memory(EngineConfig(kv_cache_dtype="fp8"), model_config, torch.device("cuda"))
 
 
 def test_other_types_are_refused() -> None:
