@@ -264,6 +264,16 @@ def choose_tiling(block_d: int, element_size: int) -> Tiling:
     return Tiling(64, 2, 6, 168) if block_d <= 64 else Tiling(64, 2, 4, 255)
 
 
+def choose_num_programs(num_items: int, at_once: int) -> int:
+    """As many as the GPU runs at once; or, where that leaves few idle, a whole number for each (row, head).
+
+    Rows alike then leave fewer parts: H200, whole steps of Qwen3-0.6B at context 1k, 64 rows 3.16 -> 2.99 ms. But a GPU
+    not filled is slower: 8 rows of Llama-2-13B, 320 items, took 51 us with 528 programs, 56 with 396 and 67 with 264.
+    """
+    whole = num_items * max(1, at_once // num_items)
+    return whole if whole >= 0.9 * at_once * triton.cdiv(whole, at_once) else at_once
+
+
 @functools.cache
 def _counters(device: torch.device, num_programs: int) -> Tensor:
     """Zeros whenever no decode kernel runs; the order of the stream lets one run at a time."""
@@ -300,8 +310,10 @@ def paged_decode_attention(
     block_g = triton.next_power_of_2(group)
     tiling = choose_tiling(block_d, k_cache.element_size())
     if num_programs is None:
-        num_items = layout.max_decode_rows * num_kv_heads
-        num_programs = num_items * max(1, num_sms(q.device) * tiling.programs_per_sm // num_items)
+        at_once = num_sms(q.device) * tiling.programs_per_sm
+        # Beside chunks the number of rows is but a bound.
+        num_items = at_once if layout.max_chunk_tokens else layout.max_decode_rows * num_kv_heads
+        num_programs = choose_num_programs(num_items, at_once)
     overlap = can_overlap(q.device)
     _decode_kernel[(num_programs,)](
         q,

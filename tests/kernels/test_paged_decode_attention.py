@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from weft_kernels import reference
-from weft_kernels.paged_decode_attention import paged_decode_attention
+from weft_kernels.paged_decode_attention import choose_num_programs, paged_decode_attention
 
 ERROR = 2e-6
 ROWS = [(1, 1), (37, 1), (0, 1), (300, 1), (64, 1), (0, 1)]
@@ -32,6 +32,14 @@ def test_any_number_of_programs(
     out = decode(batch, num_programs, window, slopes)
     assert error(out, batch.dense_attention(0.25, window, slopes)) < ERROR
     assert torch.equal(decode(batch, num_programs, window, slopes), out), "counters are back at zero"
+
+
+def test_programs_fill_the_gpu() -> None:
+    assert choose_num_programs(1 * 8, 528) == 528
+    assert choose_num_programs(64 * 8, 528) == 512
+    assert choose_num_programs(256 * 8, 528) == 2048
+    assert choose_num_programs(72 * 8, 528) == 528  # not 576, nearly two rounds
+    assert choose_num_programs(8 * 40, 528) == 528  # not 320
 
 
 def test_rows_beyond_those_that_decode(device: torch.device, paged_batch: Any, error: Any) -> None:
@@ -65,7 +73,9 @@ def test_caches_of_float8(num_heads: int, device: torch.device, paged_batch: Any
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize("heads", [(32, 8, 128), (16, 8, 128), (28, 4, 128), (12, 12, 64), (40, 40, 128)], ids=str)
+@pytest.mark.parametrize(
+    "heads", [(32, 8, 128), (16, 8, 128), (28, 4, 128), (14, 2, 64), (12, 12, 64), (40, 40, 128)], ids=str
+)
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_realistic_sizes(
     cache_dtype: torch.dtype,
