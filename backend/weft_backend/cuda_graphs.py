@@ -6,8 +6,7 @@ the first and samples eagerly; and rows that sample are counted apart from rows 
 
 Forward graphs are captured for two kinds of shape. A decode step has one token a row. A mixed step has any number of
 decode rows and chunks: kernels learn on the device which tokens are whose. Both exist for bucket sizes, and what a step
-leaves over is padding, which changes nothing. Of the mixed steps above ``MAX_PADDED_TOKENS`` only the largest, of which
-long prompts are made, has a graph; the others run kernel by kernel.
+leaves over is padding, which changes nothing.
 """
 
 from __future__ import annotations
@@ -21,8 +20,6 @@ import torch
 from torch import Tensor
 
 from weft_backend.step import MAX_CHUNKS, StepPlan
-
-MAX_PADDED_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +50,14 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
 
 
 def mixed_sizes(max_num_batched_tokens: int) -> list[int]:
-    """Tokens of mixed graphs: steps of 64 up to 1,024, then 128; the last is ``max_num_batched_tokens``."""
-    sizes = [16, 32, *range(64, 1024, 64), *range(1024, MAX_PADDED_TOKENS + 1, 128)]
+    """Tokens of mixed graphs: steps of 64 up to 1,024, then of an eighth of the power of two below; the last is
+    ``max_num_batched_tokens``.
+
+    Launched kernel by kernel, 7,168 tokens of Qwen3-0.6B took over 20 ms on an H200, and 8,192 in a graph 15.
+    """
+    sizes = [16, 32, *range(64, 1024, 64), 1024]
+    while sizes[-1] < max_num_batched_tokens:
+        sizes.append(sizes[-1] + (1 << sizes[-1].bit_length() - 4))
     return [size for size in sizes if size < max_num_batched_tokens] + [max_num_batched_tokens]
 
 
@@ -72,15 +75,13 @@ class StepGraphs:
         self._forwards = {shape: _capture(partial(forward, shape), pool) for shape in reversed(shapes)}
         self._samples = {size: _capture(partial(sample, size), pool) for size in reversed(self._decode_sizes)}
 
-    def forward(self, plan: StepPlan) -> Tensor | None:
-        """Replay the forward pass; returns hidden states of at least its tokens, or None if it has no graph."""
+    def forward(self, plan: StepPlan) -> Tensor:
+        """Replay the forward pass; returns hidden states of at least its tokens."""
         num_tokens = plan.num_tokens
         if num_tokens == plan.num_decode_rows:
             shape = _decode_shape(_at_least(num_tokens, self._decode_sizes))
         else:
             shape = self._mixed_shape(_at_least(num_tokens, self._mixed_sizes))
-            if num_tokens < shape.num_tokens > MAX_PADDED_TOKENS:
-                return None
         graph, hidden = self._forwards[shape]
         graph.replay()
         return hidden

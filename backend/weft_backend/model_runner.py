@@ -143,9 +143,7 @@ class ModelRunner:
             self._state.start_rows(plan.new_rows, self._uploader)
             self._extras.start_rows(plan.new_rows, self._uploader)
         samples = self._load(plan)
-        hidden = self._graphs.forward(plan) if self._graphs is not None else None
-        if hidden is None:
-            hidden = self._forward(StepShape.of(plan))
+        hidden = self._forward(StepShape.of(plan)) if self._graphs is None else self._graphs.forward(plan)
         results, logprobs = self._sample_rows(samples) if len(samples.indices) else (None, None)
         return self._download(plan, samples, results, logprobs, self._score_prompts(plan, hidden))
 
