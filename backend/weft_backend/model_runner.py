@@ -100,9 +100,7 @@ class ModelRunner:
             device=device,
         )
         self._inputs = StepInputs(max_num_seqs, self._state.padding_row, device)
-        self._hidden = torch.empty(
-            0, device=device
-        )  # [max_num_seqs, H] of the rows that sample; sized by the first step
+        self._hidden = torch.empty(0, device=device)  # [max_num_seqs, H], from the first step on: those to sample from
         self._graphs: StepGraphs | None = None
         self._cache = KVCache(page_shape, 1, 0, device)  # for the profiling run
         if num_pages is not None:
