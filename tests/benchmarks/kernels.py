@@ -45,6 +45,8 @@ class Timing:
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the numbers here.")
 def main(kernels: str, shapes: str, json_file: Path | None) -> None:
     """Time the kernels of Weft on this GPU."""
+    if not torch.cuda.is_available():
+        raise click.ClickException("PyTorch sees no GPU")
     ceilings = measure_ceilings()
     report: dict[str, Any] = {"date": date.today().isoformat(), "gpu": torch.cuda.get_device_name()}
     report |= {"torch": torch.__version__, "triton": triton.__version__, "ceilings": ceilings, "timings": []}

@@ -1,6 +1,6 @@
 """Where a step's time goes on a GPU: its kernels by total time, and the host's time to launch and collect it.
 
-    python tests/benchmarks/step_profile.py SHAPE_DIR [--rows 1,64,256] [--chunk 1024] [--context 1024] [--page-size 16] [--top 14]
+    python tests/benchmarks/step_profile.py SHAPE_DIR [--rows 1,64,256] [--chunk 1024] [--page-size 64] [--top 14]
 
 Weights are random. Prints, for decode steps of so many rows and for a prompt of so many tokens: the step's time on the
 device (events around many launches), the host's time to launch and to collect, and each kernel's calls, time and share.
@@ -116,6 +116,8 @@ def main() -> None:
     parser.add_argument("--page-size", type=int, default=EngineConfig().block_size)
     parser.add_argument("--top", type=int, default=14)
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("PyTorch sees no GPU")
     rows = [int(number) for number in options.rows.split(",")]
     start = time.perf_counter()
     runner = make_runner(options.shape_dir, max(256, *rows), options.page_size)
