@@ -103,7 +103,7 @@ class BatchState:
         self._ints[:, rows] = ints
         self._seeds[rows] = seeds
         self.tables.stop_ids[rows] = stop_ids
-        self.tables.finished[rows] = False
+        self.tables.finished.index_fill_(0, rows, False)  # an assignment would copy the False over, and wait for that
 
     def adjustments(self, rows: Tensor) -> Adjustments:
         """Those of the rows, int32 ``[S]``."""

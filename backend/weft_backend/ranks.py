@@ -23,6 +23,7 @@ from weft_backend.errors import StartupError
 from weft_backend.sequence import Sequence
 from weft_backend.step import StepPlan, StepResult
 
+_log = logging.getLogger(__name__)
 _SECONDS_TO_BLAME = 2.0  # for the end of a rank to be noticed, if that is why a step failed here
 
 
@@ -92,7 +93,8 @@ class LeadRunner:
         try:
             self._followers.send(replace(plan, sequences=[], new_rows=[_bare(s) for s in plan.new_rows]))
             return self._runner.launch(plan)
-        except Exception:
+        except Exception as error:
+            _log.error("rank 0 failed: %s: %s", type(error).__name__, error)  # another's last words may end it first
             self._followers.await_watcher()
             raise
 
@@ -126,7 +128,7 @@ def _run(run: Callable[[int, Connection], None], rank: int, leader: Connection) 
     except StartupError as error:
         leader.send(str(error))
     except Exception as error:
-        logging.getLogger(__name__).exception("rank %d failed", rank)
+        _log.exception("rank %d failed", rank)
         leader.send(f"{type(error).__name__}: {error}")
 
 
