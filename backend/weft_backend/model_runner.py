@@ -183,8 +183,9 @@ class ModelRunner:
         rows, starts = inputs.rows[: shape.num_rows], inputs.starts[: shape.num_rows]
         query_starts = inputs.query_starts[: shape.num_rows + 1]
         self._ops.update_pages(tables.page_table, inputs.page_updates, inputs.num_page_updates)
-        places = self._ops.lay_out(tables, rows, starts, query_starts, shape.num_tokens, self._cache.page_size)
-        token_ids, positions, slots, seq_lens = places
+        token_ids, positions, slots, seq_lens = self._ops.lay_out(
+            tables, rows, starts, query_starts, shape.num_tokens, shape.max_chunks, self._cache.page_size
+        )
         layout = BatchLayout(
             positions=positions,
             slots=slots,

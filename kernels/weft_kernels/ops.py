@@ -104,13 +104,20 @@ class Ops(Protocol):
         """
 
     def lay_out(
-        self, tables: RowTables, rows: Tensor, starts: Tensor, query_starts: Tensor, num_tokens: int, page_size: int
+        self,
+        tables: RowTables,
+        rows: Tensor,
+        starts: Tensor,
+        query_starts: Tensor,
+        num_tokens: int,
+        max_chunks: int,
+        page_size: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Where the tokens of a step lie: int32 [B] rows and positions of their first tokens, int32 [B + 1] where each
         row's tokens begin -> (token ids, positions, slots), int64 [T], and seq_lens, int32 [B], as in ``BatchLayout``.
 
-        Rows without tokens stand at the end, and their tokens' places hold id 0 at position 0. Finished rows get
-        slots -1 and length 0. T = B means one token a row.
+        Rows without tokens stand at the end; places that are no row's hold id 0 at position 0. Finished rows get slots
+        -1 and length 0. ``max_chunks`` 0 promises that token b is row b's; T = B alone does not.
         """
 
     def update_pages(self, page_table: Tensor, updates: Tensor, num_updates: Tensor) -> None:

@@ -246,7 +246,13 @@ def copy_pages(kv_cache: Tensor, from_to: Tensor) -> None:
 
 
 def lay_out(
-    tables: RowTables, rows: Tensor, starts: Tensor, query_starts: Tensor, num_tokens: int, page_size: int
+    tables: RowTables,
+    rows: Tensor,
+    starts: Tensor,
+    query_starts: Tensor,
+    num_tokens: int,
+    max_chunks: int,
+    page_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, tokens = rows.long(), torch.arange(num_tokens, dtype=torch.int32, device=rows.device)
     owners = torch.searchsorted(query_starts[1:], tokens, right=True)

@@ -67,7 +67,7 @@ def _lay_out_kernel(
     HISTORY: tl.constexpr,
     MAX_PAGES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    NUM_HALVINGS: tl.constexpr,  # 0: one token a row
+    NUM_HALVINGS: tl.constexpr,  # 0: token b is row b's
     BLOCK: tl.constexpr,
 ) -> None:
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -96,7 +96,13 @@ def _lay_out_kernel(
 
 
 def lay_out(
-    tables: RowTables, rows: Tensor, starts: Tensor, query_starts: Tensor, num_tokens: int, page_size: int
+    tables: RowTables,
+    rows: Tensor,
+    starts: Tensor,
+    query_starts: Tensor,
+    num_tokens: int,
+    max_chunks: int,
+    page_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(token ids, positions, slots) int64 [T] and seq_lens int32 [B] of a step. See ``Ops.lay_out``."""
     num_rows = len(rows)
@@ -119,7 +125,7 @@ def lay_out(
         HISTORY=tables.token_ids.shape[1],
         MAX_PAGES=tables.page_table.shape[1],
         PAGE_SIZE=page_size,
-        NUM_HALVINGS=0 if num_tokens == num_rows else num_rows.bit_length(),
+        NUM_HALVINGS=num_rows.bit_length() if max_chunks else 0,
         BLOCK=BLOCK,
     )
     return inputs, positions, slots, seq_lens

@@ -20,7 +20,7 @@ from weft_backend.models import load_model
 from weft_backend.sequence import Request
 
 DEVICE = torch.device("cuda")
-MAX_NUM_SEQS = 72
+MAX_NUM_SEQS = 64  # a size of mixed graphs, too: a step may then have as many tokens as rows, and chunks
 MAX_NUM_BATCHED_TOKENS = 200
 MAX_MODEL_LEN = 256
 

@@ -211,7 +211,7 @@ class Bench:
         tables, rows = self._row_tables(num_rows), self._arange(num_rows)
         starts = self._arange(num_rows + 1)
         size = f"{self._shape.name} {num_rows} rows"
-        call = partial(self._ops.lay_out, tables, rows, rows, starts, num_rows, _PAGE_SIZE)
+        call = partial(self._ops.lay_out, tables, rows, rows, starts, num_rows, 0, _PAGE_SIZE)
         return Case("lay_out", size, call, 0)
 
     def _advance(self, num_rows: int) -> Case:

@@ -40,20 +40,28 @@ def ints(values: list[int], device: torch.device) -> Tensor:
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize(
-    ("rows", "starts", "query_lens", "num_tokens"),
+    ("rows", "starts", "query_lens", "num_tokens", "max_chunks"),
     [
-        ([3, 2, 5], [7, 11, 0], [1, 1, 1], 3),
-        ([3, 2, PADDING, PADDING], [7, 11, 0, 0], [1, 1, 0, 0], 4),
-        ([4, 2, 7, 0, PADDING], [31, 2, 8, 0, 0], [1, 1, 5, 13, 0], 32),
-        ([6], [3], [33], 33),
+        ([3, 2, 5], [7, 11, 0], [1, 1, 1], 3, 0),
+        ([3, 2, PADDING, PADDING], [7, 11, 0, 0], [1, 1, 0, 0], 4, 0),
+        ([4, 2, 7, 0, PADDING], [31, 2, 8, 0, 0], [1, 1, 5, 13, 0], 32, 4),
+        ([6], [3], [33], 33, 1),
+        ([4, 7, PADDING, PADDING, PADDING], [31, 8, 0, 0, 0], [1, 3, 0, 0, 0], 5, 2),  # as many tokens as rows
+        ([7], [8], [1], 1, 1),
     ],
 )
 def test_places(
-    name: str, rows: list[int], starts: list[int], query_lens: list[int], num_tokens: int, device: torch.device
+    name: str,
+    rows: list[int],
+    starts: list[int],
+    query_lens: list[int],
+    num_tokens: int,
+    max_chunks: int,
+    device: torch.device,
 ) -> None:
     tables = make_tables(device)
     query_starts = torch.tensor([0, *query_lens]).cumsum(0).int().to(device)
-    given = (ints(rows, device), ints(starts, device), query_starts, num_tokens, PAGE_SIZE)
+    given = (ints(rows, device), ints(starts, device), query_starts, num_tokens, max_chunks, PAGE_SIZE)
     token_ids, positions, slots, seq_lens = (part.tolist() for part in OPS[name].lay_out(tables, *given))
     token = 0
     for row, start, query_len, seq_len in zip(rows, starts, query_lens, seq_lens, strict=True):
@@ -67,8 +75,7 @@ def test_places(
             token += 1
     assert slots[token:] == [-1] * (num_tokens - token)
     assert len(positions) == len(token_ids) == num_tokens
-    if len(rows) != num_tokens:
-        assert positions[token:] == token_ids[token:] == [0] * (num_tokens - token)
+    assert positions[token:] == token_ids[token:] == [0] * (num_tokens - token)
 
 
 @pytest.mark.parametrize("name", OPS)
