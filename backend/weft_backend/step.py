@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from weft_backend.sequence import Sequence
 
-# Of a step. Each may end within a tile of the attention kernel, and in a CUDA graph takes one more, used or not: room for
-# 256 chunks took 30 µs of a layer's 54 (H200, 1,024 tokens of Qwen3-0.6B).
+# Of a step. Each may end within a tile of the attention kernel, and in a CUDA graph takes one more, used or not: room
+# for 256 chunks took 30 µs of a layer's 54 (H200, 1,024 tokens of Qwen3-0.6B).
 MAX_CHUNKS = 32
 
 Int32Array = NDArray[np.int32]
