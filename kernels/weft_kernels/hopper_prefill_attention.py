@@ -17,7 +17,6 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -31,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from weft_kernels.launch import is_hopper
 from weft_kernels.layout import BatchLayout
 
 LOG2_E = 1.4426950408889634
@@ -348,8 +348,7 @@ def _prefill_kernel(
 def suits_hopper(q: Tensor, k_cache: Tensor, alibi_slopes: Tensor | None) -> bool:
     """Whether ``hopper_prefill_attention`` can take these: on Hopper, 16-bit queries and caches, heads of 64 or 128."""
     return (
-        q.is_cuda
-        and torch.cuda.get_device_capability(q.device) == (9, 0)
+        is_hopper(q.device)
         and q.element_size() == 2
         and q.dtype == k_cache.dtype
         and q.shape[2] in (64, 128)
