@@ -13,24 +13,21 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from weft_backend.block_pool import BlockPool
-from weft_backend.prefix_cache import PageMove, PrefixCache
+from weft_backend.draft import Chunk, Draft
+from weft_backend.prefix_cache import PrefixCache
 from weft_backend.row_table import IndexArray, RowTable
 from weft_backend.sequence import Request, Sequence, Status
 from weft_backend.step import (
-    MAX_CHUNKS,
     BoolArray,
     FinishCode,
     Int32Array,
-    PageMoves,
     SequenceOutput,
     StepOutput,
     StepPlan,
@@ -56,47 +53,6 @@ class SchedulerLoad:
     num_cached_tokens: int
     num_generated_tokens: int
     num_preemptions: int
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens of one sequence that a step computes, and whether its last gives a new token."""
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-    samples: bool
-
-    @property
-    def is_decode(self) -> bool:
-        """Whether it is as one token of a row that decodes."""
-        return self.samples and self.num_tokens == 1
-
-
-@dataclass(slots=True)
-class Draft:
-    """A plan in the making."""
-
-    step: int
-    budget: int
-    rows: IndexArray = field(init=False)  # that decode
-    positions: Int32Array = field(init=False)  # of their tokens computed now
-    chunks: list[Chunk] = field(default_factory=list)
-    new_rows: list[Sequence] = field(default_factory=list)
-    page_updates: list[tuple[int, int, int]] = field(default_factory=list)
-    swap_in: list[PageMove] = field(default_factory=list)
-    copy: list[PageMove] = field(default_factory=list)
-    new_forks: list[Sequence] = field(default_factory=list)  # queued only after this plan computes their prompt
-
-    @property
-    def has_room(self) -> bool:
-        """Whether another prefill chunk fits."""
-        return self.budget > 0 and sum(not chunk.is_decode for chunk in self.chunks) < MAX_CHUNKS
-
-    def num_computed_before(self, sequence: Sequence) -> int:
-        """The sequence's tokens, up to those with which it took its row, that earlier plans compute."""
-        starts = (chunk.start for chunk in self.chunks if chunk.sequence is sequence)
-        return next(starts, sequence.num_computed_tokens)
 
 
 class Scheduler:
@@ -128,7 +84,6 @@ class Scheduler:
         self.cache = PrefixCache(self.pool, block_size, num_swap_pages, enable_prefix_caching)
         self.waiting = WaitingQueue()
         self.rows = RowTable(max_num_seqs, max_model_len)
-        self._ones = np.ones(max_num_seqs, np.int32)  # query_lens of rows that decode
         self._prefills: list[Sequence] = []  # those that run and have tokens left to compute, oldest first
         self._num_steps = 0
         self._arrivals = count()
@@ -197,7 +152,10 @@ class Scheduler:
             self._admit_waiting(draft)
         for sequence in draft.new_forks:
             self.waiting.push(sequence)
-        return self._plan(draft) if len(draft.rows) or draft.chunks else None
+        if draft.is_empty:
+            return None
+        self._num_steps = draft.step
+        return draft.to_plan(self.rows, self.cache.take_swap_out())
 
     def _decode(self, draft: Draft) -> None:
         """Give each row that decodes its next token, and a page if its last is full; for want of pages, preempt."""
@@ -299,25 +257,6 @@ class Scheduler:
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def _plan(self, draft: Draft) -> StepPlan:
-        """The draft as arrays, decode rows first."""
-        chunks = sorted(draft.chunks, key=lambda chunk: not chunk.is_decode)
-        num_decodes = len(draft.rows)
-        swap_out = self.cache.take_swap_out()
-        self._num_steps = draft.step
-        return StepPlan(
-            step=draft.step,
-            sequences=self.rows.sequences_of(draft.rows) + [chunk.sequence for chunk in chunks],
-            rows=_joined(draft.rows.astype(np.int32), [chunk.sequence.row for chunk in chunks]),
-            start_positions=_joined(draft.positions, [chunk.start for chunk in chunks]),
-            query_lens=_joined(self._ones[:num_decodes], [chunk.num_tokens for chunk in chunks]),
-            num_decode_rows=num_decodes + sum(chunk.is_decode for chunk in chunks),
-            samples=_joined(self._ones[:num_decodes] == 1, [chunk.samples for chunk in chunks]),
-            new_rows=draft.new_rows,
-            page_updates=_table(draft.page_updates, 3),
-            page_moves=PageMoves(*(_table(moves, 2) for moves in (swap_out, draft.swap_in, draft.copy))),
-        )
-
     # A step's end
 
     def retire(self, plan: StepPlan, result: StepResult) -> StepOutput:
@@ -391,11 +330,3 @@ class Scheduler:
         elif sequence.status is Status.WAITING:
             self.waiting.discard(sequence)
         sequence.status = Status.FINISHED
-
-
-def _joined(array: NDArray[_T], values: list[int]) -> NDArray[_T]:
-    return np.append(array, np.array(values, array.dtype)) if values else array
-
-
-def _table(rows: Items[tuple[int, ...]], num_columns: int) -> Int32Array:
-    return np.array(rows, np.int32).reshape(-1, num_columns)

@@ -1,0 +1,88 @@
+"""A plan in the making: what the scheduler has put into the next step so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weft_backend.prefix_cache import PageMove
+from weft_backend.row_table import IndexArray, RowTable
+from weft_backend.sequence import Sequence
+from weft_backend.step import MAX_CHUNKS, Int32Array, PageMoves, StepPlan
+
+_T = TypeVar("_T", bound=np.generic)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens of one sequence that a step computes, and whether its last gives a new token."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is as one token of a row that decodes."""
+        return self.samples and self.num_tokens == 1
+
+
+@dataclass(slots=True)
+class Draft:
+    """A plan in the making."""
+
+    step: int
+    budget: int
+    rows: IndexArray = field(init=False)  # that decode
+    positions: Int32Array = field(init=False)  # of their tokens computed now
+    chunks: list[Chunk] = field(default_factory=list)
+    new_rows: list[Sequence] = field(default_factory=list)
+    page_updates: list[tuple[int, int, int]] = field(default_factory=list)
+    swap_in: list[PageMove] = field(default_factory=list)
+    copy: list[PageMove] = field(default_factory=list)
+    new_forks: list[Sequence] = field(default_factory=list)  # queued only after this plan computes their prompt
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another prefill chunk fits."""
+        return self.budget > 0 and sum(not chunk.is_decode for chunk in self.chunks) < MAX_CHUNKS
+
+    def num_computed_before(self, sequence: Sequence) -> int:
+        """The sequence's tokens, up to those with which it took its row, that earlier plans compute."""
+        starts = (chunk.start for chunk in self.chunks if chunk.sequence is sequence)
+        return next(starts, sequence.num_computed_tokens)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return not len(self.rows) and not self.chunks
+
+    def to_plan(self, table: RowTable, swap_out: list[PageMove]) -> StepPlan:
+        """The draft as arrays, decode rows first."""
+        chunks = sorted(self.chunks, key=lambda chunk: not chunk.is_decode)
+        num_decodes = len(self.rows)
+        return StepPlan(
+            step=self.step,
+            sequences=table.sequences_of(self.rows) + [chunk.sequence for chunk in chunks],
+            rows=_joined(self.rows.astype(np.int32), [chunk.sequence.row for chunk in chunks]),
+            start_positions=_joined(self.positions, [chunk.start for chunk in chunks]),
+            query_lens=_joined(np.ones(num_decodes, np.int32), [chunk.num_tokens for chunk in chunks]),
+            num_decode_rows=num_decodes + sum(chunk.is_decode for chunk in chunks),
+            samples=_joined(np.ones(num_decodes, np.bool_), [chunk.samples for chunk in chunks]),
+            new_rows=self.new_rows,
+            page_updates=_table(self.page_updates, 3),
+            page_moves=PageMoves(*(_table(moves, 2) for moves in (swap_out, self.swap_in, self.copy))),
+        )
+
+
+def _joined(array: NDArray[_T], values: list[int]) -> NDArray[_T]:
+    return np.append(array, np.array(values, array.dtype)) if values else array
+
+
+def _table(rows: Items[tuple[int, ...]], num_columns: int) -> Int32Array:
+    return np.array(rows, np.int32).reshape(-1, num_columns)
