@@ -9,10 +9,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from weft_kernels.launch import can_overlap
-from weft_kernels.ops import Norm
+from weft_kernels.ops import FLOAT8_MAX, Norm
 
 FP8 = torch.float8_e4m3fn
-LARGEST_FP8 = 448.0
 
 
 @triton.jit
@@ -67,7 +66,7 @@ def _launch(x: Tensor, norm: Norm | None, out: Tensor, scales: Tensor | None) ->
             0.0 if norm is None else norm.eps,
             HIDDEN=hidden,
             BLOCK=block,
-            LARGEST=LARGEST_FP8,
+            LARGEST=FLOAT8_MAX,
             OVERLAP=overlap,
             num_warps=min(16, max(1, block // 512)),
             launch_pdl=overlap,

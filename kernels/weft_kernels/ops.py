@@ -19,6 +19,7 @@ from weft_kernels.layout import BatchLayout
 from weft_kernels.tables import RowTables, SamplingTable
 
 Activation = Literal["relu", "silu_and_mul"]
+FLOAT8_MAX = 448.0  # of float8_e4m3fn
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from weft_kernels.layout import BatchLayout
 from weft_kernels.noise import gumbel
-from weft_kernels.ops import Activation, Norm
+from weft_kernels.ops import FLOAT8_MAX, Activation, Norm
 from weft_kernels.tables import LENGTH, NOT_FINITE, RUNNING, STOP, RowTables, SamplingTable
 
 GREEDY_BELOW = 1e-5
@@ -95,7 +95,7 @@ def _write(cache: Tensor, values: Tensor, slots: Tensor) -> None:
     if not bool(written.all()):
         slots, values = slots[written], values[written]
     if cache.dtype == torch.float8_e4m3fn:
-        values = values.clamp(-448, 448)
+        values = values.clamp(-FLOAT8_MAX, FLOAT8_MAX)
     page_size = cache.shape[2]
     cache[slots // page_size, :, slots % page_size] = values.to(cache.dtype)
 

@@ -19,14 +19,15 @@ from triton.language.extra.cuda import gdc_wait
 
 from weft_kernels.launch import can_overlap
 from weft_kernels.layout import BatchLayout
+from weft_kernels.ops import FLOAT8_MAX
 
-FLOAT8_MAX = tl.constexpr(448.0)
+_FLOAT8_MAX = tl.constexpr(FLOAT8_MAX)
 
 
 @triton.jit
 def _store_kv(cache: tl.tensor, at: tl.tensor, x: tl.tensor, mask: tl.tensor) -> None:
     if cache.dtype.element_ty == tl.float8e4nv:
-        x = tl.clamp(x, -FLOAT8_MAX, FLOAT8_MAX, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.clamp(x, -_FLOAT8_MAX, _FLOAT8_MAX, propagate_nan=tl.PropagateNan.ALL)
     tl.store(cache + at, x.to(cache.dtype.element_ty), mask=mask)
 
 
