@@ -48,6 +48,10 @@ class _Scores:
     num_top: list[int]
     tensors: LogprobTensors
 
+    def download(self) -> _Scores:
+        """Start copying the tensors to the host."""
+        return replace(self, tensors=self.tensors.download())
+
 
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
@@ -212,7 +216,7 @@ class ModelRunner:
         tokens, usable = self._ops.sample(logits, rows, positions, self._state.tables.sampling)
         return self._ops.advance(self._state.tables, rows, positions, tokens, usable)
 
-    def _sample_rows(self, samples: Samples) -> tuple[Tensor, LogprobTensors | None]:
+    def _sample_rows(self, samples: Samples) -> tuple[Tensor, _Scores | None]:
         """Sample, and score for those that ask; by a graph if every row samples plainly."""
         adjusted = self._extras.adjusted(samples.rows, samples.positions)
         scored = self._extras.scored(samples.rows)
@@ -223,7 +227,7 @@ class ModelRunner:
 
     def _sample_with_extras(
         self, samples: Samples, adjusted: NDArray[np.intp], scored: NDArray[np.intp]
-    ) -> tuple[Tensor, LogprobTensors | None]:
+    ) -> tuple[Tensor, _Scores | None]:
         """``_sample`` with penalties, bias and masks for the ``adjusted`` of the rows, and scores of the ``scored``."""
         num_samples, tables = len(samples.rows), self._state.tables
         rows, positions = self._inputs.sample_rows[:num_samples], self._inputs.sample_positions[:num_samples]
@@ -237,15 +241,18 @@ class ModelRunner:
             return results, None
         parts = torch.split(of_scored.long(), ROWS_AT_ONCE)
         of_rows = (logits[part] for part in parts)
-        num_top = int(self._extras.num_logprobs[samples.rows[scored]].max())
-        return results, score_parts(of_rows, [tokens[part] for part in parts], num_top)
+        num_top = self._extras.num_logprobs[samples.rows[scored]].tolist()
+        tensors = score_parts(of_rows, [tokens[part] for part in parts], max(num_top))
+        return results, _Scores(samples.indices[scored].tolist(), num_top, tensors)
 
     def _score_prompts(self, plan: StepPlan, hidden: Tensor) -> list[_Scores]:
         """Log-probabilities of the prompt tokens that follow those computed in this step, for the rows that ask.
 
         A prompt is scored once, by its first choice: another that could not fork from it computes the prompt again.
         """
-        scores = []
+        scores: list[_Scores] = []
+        if plan.num_decode_rows == len(plan.rows):
+            return scores
         starts = np.cumsum(plan.query_lens) - plan.query_lens
         for index in range(plan.num_decode_rows, len(plan.rows)):
             sequence = plan.sequences[index]
@@ -266,7 +273,7 @@ class ModelRunner:
         plan: StepPlan,
         samples: Samples,
         results: Tensor | None,
-        logprobs: LogprobTensors | None,
+        logprobs: _Scores | None,
         prompt_logprobs: list[_Scores],
     ) -> LaunchedStep:
         """Start copying the results to the host (PyTorch caches the pinned memory) and mark the end of the copies."""
@@ -274,18 +281,13 @@ class ModelRunner:
             plan,
             samples,
             None if results is None else results.to("cpu", non_blocking=True),
-            None if logprobs is None else self._scores_of(samples, logprobs.download()),
-            [_Scores(scores.indices, scores.num_top, scores.tensors.download()) for scores in prompt_logprobs],
+            None if logprobs is None else logprobs.download(),
+            [scores.download() for scores in prompt_logprobs],
             torch.cuda.Event() if self._device.type == "cuda" else None,  # type: ignore[no-untyped-call]
         )
         if launched.done is not None:
             launched.done.record()
         return launched
-
-    def _scores_of(self, samples: Samples, tensors: LogprobTensors) -> _Scores:
-        scored = self._extras.scored(samples.rows)
-        num_top = self._extras.num_logprobs[samples.rows[scored]].tolist()
-        return _Scores(samples.indices[scored].tolist(), num_top, tensors)
 
     @torch.inference_mode()
     def _capture(self, max_num_batched_tokens: int) -> StepGraphs:
