@@ -28,6 +28,7 @@ from session_client import Session, token_request
 from weft.engine.v1.engine_pb2_grpc import EngineServiceStub
 from weft_backend.config import BackendConfig, EngineConfig
 from weft_backend.errors import EngineDied
+from weft_backend.largest_step import largest_step
 from weft_backend.ranks import LeadRunner, led_plans
 from weft_backend.scheduler import Scheduler
 from weft_backend.server import Backend
@@ -187,3 +188,17 @@ def assert_same(led: StepPlan, plan: StepPlan) -> None:
         assert (ours.row, ours.choice, ours.max_len) == (theirs.row, theirs.choice, theirs.max_len)
         assert ours.request.sampling == theirs.request.sampling
         assert ours.request.num_prompt_tokens == theirs.request.num_prompt_tokens
+
+
+@pytest.mark.parametrize("stage", ["launch", "collect"])
+def test_when_rank_0_fails_another_rank_may_say_why_first(stage: str) -> None:
+    awaited: list[bool] = []
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("a collective was cut off")
+
+    followers = SimpleNamespace(send=lambda message: None, await_watcher=lambda: awaited.append(True))
+    lead = LeadRunner(SimpleNamespace(launch=fail, collect=fail), followers)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="cut off"):
+        lead.launch(largest_step(1, 1, 4)) if stage == "launch" else lead.collect(None)
+    assert awaited == [True]
