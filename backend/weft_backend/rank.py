@@ -60,16 +60,6 @@ def _check_float8(config: EngineConfig, device: torch.device) -> None:
             )
 
 
-def _check_float8_cache(config: EngineConfig, model_config: ModelConfig) -> None:
-    # Qwen2-0.5B, 14 heads over 2, is wrong on an H200 from a float8 cache, though every kernel alone is right there.
-    group = model_config.num_heads // model_config.num_kv_heads
-    if config.kv_cache_dtype in FLOAT8_NAMES and group.bit_count() != 1:
-        raise StartupError(
-            f"--kv-cache-dtype {config.kv_cache_dtype}: needs a power of two of query heads for each key-value head; "
-            f"this model has {group}"
-        )
-
-
 def use_device(device: torch.device, size: int) -> None:
     """Make a GPU the process's current one, or take a share of the cores.
 
@@ -97,7 +87,6 @@ def plan_memory(config: EngineConfig, model_config: ModelConfig, device: torch.d
         detail += f", on each of {tp.size} ranks"
     if device.type != "cuda":
         return detail
-    _check_float8_cache(config, model_config)
     free, total = torch.cuda.mem_get_info(device)
     usable = total * config.gpu_memory_utilization - (total - free)
     if weights > usable:

@@ -23,7 +23,7 @@ from weft_backend.kv_cache import PageShape
 from weft_backend.layers import Source, TensorParallel
 from weft_backend.model_config import load_model_config
 from weft_backend.models import build_model, load_model
-from weft_backend.rank import page_shape, plan_memory, resolve_device
+from weft_backend.rank import page_shape, resolve_device
 
 FLOAT8 = torch.float8_e4m3fn
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -59,6 +59,20 @@ def test_matrices_are_rounded_and_nothing_else_is_touched(kind: str, tp: TensorP
     assert any("embed_tokens" in source.name for source in others)
     for source in others:
         assert torch.equal(source.target, stored[source.name][source.region or (slice(None),)])
+
+
+def test_what_fills_a_matrix_stays_as_it_is() -> None:
+    target, scale = torch.empty(2, 4, dtype=FLOAT8), torch.empty(2)
+    values = torch.arange(8.0).view(2, 4)
+    Source("matrix", (2, 4), (), target, scale).fill(values)
+    assert torch.equal(values, torch.arange(8.0).view(2, 4))
+
+
+def test_the_given_values_stay_as_they_are() -> None:
+    values = torch.randn(4, 8)
+    given = values.clone()
+    Source("weight", (4, 8), (), torch.empty(4, 8, dtype=FLOAT8), torch.empty(4)).fill(values)
+    assert torch.equal(values, given)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -168,13 +182,6 @@ def test_old_gpus_are_refused_by_the_flag(monkeypatch: pytest.MonkeyPatch) -> No
     ):
         with pytest.raises(StartupError, match=rf"^{flag}: needs a GPU of compute capability 8\.9 .*; Older has 8\.6$"):
             resolve_device(config, 0)
-
-
-def test_caches_that_were_seen_wrong_are_refused(tmp_path: Path) -> None:
-    model_config = load_model_config(make_checkpoint("qwen3", tmp_path / "tiny"))
-    model_config = replace(model_config, num_heads=14, num_kv_heads=2, hidden_size=14 * model_config.head_dim)
-    with pytest.raises(StartupError, match=r"^--kv-cache-dtype fp8: needs a power of two .*; this model has 7$"):
-        plan_memory(EngineConfig(kv_cache_dtype="fp8"), model_config, torch.device("cuda"))
 
 
 def test_other_types_are_refused() -> None:

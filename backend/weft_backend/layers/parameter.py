@@ -30,11 +30,12 @@ class Source:
     scale: Tensor | None = None
 
     def fill(self, values: Tensor) -> None:
-        """Give the target these values, of its shape and any float type. Values that are not finite stay so."""
+        """Give the target these values, of its shape and any float type, which stay as they are. Values that are not
+        finite stay so."""
         if self.scale is None:
             self.target.copy_(values)
             return
-        wide = values.to(self.target.device).float()
+        wide = values.to(self.target.device, torch.float32, copy=True)  # the caller's values stay as they are
         self.scale.copy_(wide.abs().amax(1) / FLOAT8_MAX)
         self.target.copy_(wide.div_(self.scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]))
 
