@@ -68,13 +68,6 @@ def test_what_fills_a_matrix_stays_as_it_is() -> None:
     assert torch.equal(values, torch.arange(8.0).view(2, 4))
 
 
-def test_the_given_values_stay_as_they_are() -> None:
-    values = torch.randn(4, 8)
-    given = values.clone()
-    Source("weight", (4, 8), (), torch.empty(4, 8, dtype=FLOAT8), torch.empty(4)).fill(values)
-    assert torch.equal(values, given)
-
-
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_logits_are_close(kind: str, tmp_path: Path) -> None:
     path = make_checkpoint(kind, tmp_path / kind, tokenizer=False)

@@ -35,7 +35,7 @@ class Source:
         if self.scale is None:
             self.target.copy_(values)
             return
-        wide = values.to(self.target.device, torch.float32, copy=True)  # the caller's values stay as they are
+        wide = values.to(self.target.device, copy=True).float()
         self.scale.copy_(wide.abs().amax(1) / FLOAT8_MAX)
         self.target.copy_(wide.div_(self.scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]))
 
