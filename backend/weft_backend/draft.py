@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -81,8 +82,9 @@ class Draft:
 
 
 def _joined(array: NDArray[_T], values: list[int]) -> NDArray[_T]:
-    return np.append(array, np.array(values, array.dtype)) if values else array
+    return np.concatenate((array, values), dtype=array.dtype) if values else array
 
 
 def _table(rows: Items[tuple[int, ...]], num_columns: int) -> Int32Array:
-    return np.array(rows, np.int32).reshape(-1, num_columns)
+    numbers = np.fromiter(chain.from_iterable(rows), np.int32, len(rows) * num_columns)
+    return numbers.reshape(-1, num_columns)

@@ -14,7 +14,7 @@ from google.protobuf.message_factory import GetMessageClass
 from google.rpc.code_pb2 import DEADLINE_EXCEEDED, FAILED_PRECONDITION, INTERNAL, UNIMPLEMENTED
 
 from weft.engine.v1 import engine_pb2 as pb
-from weft.limits import MAX_ID_BYTES, InvalidField, check_token_request
+from weft.limits import MAX_ID_BYTES, InvalidField, check_all_but_ids
 from weft_backend.drain import Drain
 from weft_backend.engine_link import EngineLink
 from weft_backend.errors import Refusal, broken_protocol
@@ -125,11 +125,11 @@ class EngineServicer:
                 raise broken_protocol("a frame must be submit, cancel, ack or keepalive")
 
     def _submit(self, session: OpenSession, submit: pb.Submit, data: bytes) -> None:
-        """Check a request and pass it on. Raises Refusal."""
+        """Check a request and pass it on; the engine, which has its ids as an array, checks those. Raises Refusal."""
         _checked_slot(submit.slot)
         self._drain.refuse_if_draining()
         try:
-            check_token_request(submit.request, self._link.card)
+            check_all_but_ids(submit.request, self._link.card)
         except InvalidField as error:
             raise Refusal.from_invalid(error) from None
         self._link.submit(session.id, data)

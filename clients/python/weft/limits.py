@@ -169,11 +169,20 @@ def refuse_unknown_fields(message: Message, field: str) -> None:
 
 def check_token_ids(token_ids: Any, card: ModelCard, field: str) -> None:
     """Check a prompt in token ids: not empty, each below the vocabulary's size, room for one more token."""
-    if not token_ids:
-        raise InvalidField(field, "must not be empty")
-    check_prompt_len(len(token_ids), card, field)
-    if max(token_ids[:]) >= card.vocab_size:  # 28 µs per 1,000 ids; 59 µs without the slice
+    _check_num_tokens(len(token_ids), card, field)
+    check_largest_id(max(token_ids[:]), card, field)  # 28 µs per 1,000 ids; 59 µs without the slice
+
+
+def check_largest_id(token_id: int, card: ModelCard, field: str) -> None:
+    """Refuse an id that is not below the vocabulary's size."""
+    if token_id >= card.vocab_size:
         raise InvalidField(field, f"ids must be in [0, {card.vocab_size - 1}]")
+
+
+def _check_num_tokens(num_tokens: int, card: ModelCard, field: str) -> None:
+    if not num_tokens:
+        raise InvalidField(field, "must not be empty")
+    check_prompt_len(num_tokens, card, field)
 
 
 def check_prompt_len(num_tokens: int, card: ModelCard, field: str) -> None:
@@ -206,8 +215,14 @@ def check_options(request: Any, prefix: str = "") -> None:
 
 def check_token_request(request: TokenRequest, card: ModelCard) -> None:
     """Check a request in token ids, as a backend receives it. Raises InvalidField or Unsupported."""
+    check_all_but_ids(request, card)
+    check_largest_id(max(request.prompt_token_ids[:]), card, "prompt_token_ids")
+
+
+def check_all_but_ids(request: TokenRequest, card: ModelCard) -> None:
+    """``check_token_request`` without the ids of the prompt; ``check_largest_id`` is left to do."""
     check_options(request)
-    check_token_ids(request.prompt_token_ids, card, "prompt_token_ids")
+    _check_num_tokens(len(request.prompt_token_ids), card, "prompt_token_ids")
     check_sampling(request.sampling, card.limits, card.vocab_size)
     refuse_unknown_fields(request, "request")
     _check_lengths(request, card)
