@@ -6,17 +6,24 @@ visits the host. Row ``max_num_seqs`` belongs to no sequence and is finished for
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from struct import Struct
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from weft_backend.sequence import Sequence
+from weft_backend.step import Int32Array
 from weft_backend.upload import Uploader
-from weft_kernels import RowTables, SamplingTable
+from weft_kernels import Ops, RowTables, SamplingTable
 
+TOKENS_AT_ONCE = 1 << 17  # uploaded for new rows: forks of a long prompt may begin with tens of MB in one step
+_NUM_FLOATS, _NUM_INTS = 6, 4  # of RowTables.params
+_FIXED = Struct("=3iq6f4i")  # of a record: up to the seed, then the floats and ints
+_NUM_FIXED = _FIXED.size // 4
 _INT64 = 1 << 64
 
 
@@ -69,71 +76,72 @@ class BatchState:
         def table(*shape: int, dtype: torch.dtype = torch.int32, fill: int = 0) -> Tensor:
             return torch.full(shape, fill, dtype=dtype, device=device)
 
-        self._floats = table(6, num_rows, dtype=torch.float32)
-        self._ints = table(4, num_rows)
-        self._seeds = table(num_rows, dtype=torch.int64)
-        temperature, top_p, min_p, *_ = self._floats
-        top_k, _, min_lens, max_lens = self._ints
+        params = table(_NUM_FLOATS + _NUM_INTS, num_rows)
+        temperature, top_p, min_p, *_ = params[:_NUM_FLOATS].view(torch.float32)
+        top_k, _, min_lens, max_lens = params[_NUM_FLOATS:]
         self.tables = RowTables(
             token_ids=table(num_rows, max_model_len + 1),
             page_table=table(num_rows, -(-max_model_len // page_size)),
             finished=table(num_rows, dtype=torch.bool, fill=1),
             stop_ids=table(num_rows, max_stop_token_ids, fill=-1),
+            params=params,
             min_lens=min_lens,
             max_lens=max_lens,
-            sampling=SamplingTable(temperature, top_p, min_p, top_k, self._seeds),
+            sampling=SamplingTable(temperature, top_p, min_p, top_k, table(num_rows, dtype=torch.int64)),
         )
 
-    def start_rows(self, sequences: Items[Sequence], uploader: Uploader) -> None:
+    def start_rows(self, sequences: Items[Sequence], uploader: Uploader, ops: Ops) -> None:
         """Give the sequences' rows their tokens and sampling parameters, and let them run."""
-        lens = np.array([len(sequence.token_ids) for sequence in sequences], np.int32)
-        rows, ends, token_ids, floats, ints, seeds, stop_ids = uploader.upload(
-            np.array([sequence.row for sequence in sequences], np.int32),
-            np.cumsum(lens, dtype=np.int32),
-            np.concatenate([sequence.token_ids for sequence in sequences], dtype=np.int32),
-            np.array([_floats(sequence) for sequence in sequences], np.float32).T,
-            np.array([self._lengths(sequence) for sequence in sequences], np.int32).T,
-            np.array([stream_seed(s.request.sampling.seed, s.choice) for s in sequences], np.int64),
-            np.array([self._padded_stop_ids(sequence) for sequence in sequences], np.int32),
-        )
-        rows = rows.long()
-        owners, columns = _segments(ends, token_ids.shape[0])
-        self.tables.token_ids[rows[owners], columns] = token_ids
-        self._floats[:, rows] = floats
-        self._ints[:, rows] = ints
-        self._seeds[rows] = seeds
-        self.tables.stop_ids[rows] = stop_ids
-        self.tables.finished.index_fill_(0, rows, False)  # an assignment would copy the False over, and wait for that
+        for batch in _batches(sequences):
+            token_ids = np.concatenate([sequence.token_ids for sequence in batch], dtype=np.int32)
+            ops.start_rows(self.tables, *uploader.upload(self._records(batch), token_ids))
 
     def adjustments(self, rows: Tensor) -> Adjustments:
         """Those of the rows, int32 ``[S]``."""
-        _, _, _, presence, frequency, repetition = self._floats.index_select(1, rows).unbind(0)
-        _, prompt_len, min_len, _ = self._ints.index_select(1, rows).unbind(0)
+        params = self.tables.params.index_select(1, rows)
+        _, _, _, presence, frequency, repetition = params[:_NUM_FLOATS].view(torch.float32)
+        _, prompt_len, min_len, _ = params[_NUM_FLOATS:]
         stop_ids = self.tables.stop_ids.index_select(0, rows)
         return Adjustments(presence, frequency, repetition, prompt_len, min_len, stop_ids)
 
-    def _lengths(self, sequence: Sequence) -> tuple[int, int, int, int]:
-        sampling, prompt_len = sequence.request.sampling, sequence.request.num_prompt_tokens
-        max_len = min(prompt_len + sampling.max_tokens, self.max_model_len)
-        return sampling.top_k, prompt_len, prompt_len + sampling.min_tokens, max_len
+    def _records(self, sequences: Items[Sequence]) -> Int32Array:
+        """What ``Ops.start_rows`` gets of each."""
+        records = np.full((len(sequences), _NUM_FIXED + self._max_stop_token_ids), -1, np.int32)
+        first_token = 0
+        for record, sequence in zip(records, sequences, strict=True):
+            request, sampling = sequence.request, sequence.request.sampling
+            prompt_len, num_tokens = request.num_prompt_tokens, len(sequence.token_ids)
+            _FIXED.pack_into(
+                record.data,
+                0,
+                sequence.row,
+                first_token,
+                num_tokens,
+                stream_seed(sampling.seed, sequence.choice),
+                sampling.temperature,
+                sampling.top_p,
+                sampling.min_p,
+                sampling.presence_penalty,
+                sampling.frequency_penalty,
+                sampling.repetition_penalty,
+                sampling.top_k,
+                prompt_len,
+                prompt_len + sampling.min_tokens,
+                min(sequence.max_len, self.max_model_len),
+            )
+            record[_NUM_FIXED : _NUM_FIXED + len(sampling.stop_token_ids)] = sampling.stop_token_ids
+            first_token += num_tokens
+        return records
 
-    def _padded_stop_ids(self, sequence: Sequence) -> list[int]:
-        stop_ids = sequence.request.sampling.stop_token_ids
-        return [*stop_ids, *[-1] * (self._max_stop_token_ids - len(stop_ids))]
 
-
-def _floats(sequence: Sequence) -> tuple[float, ...]:
-    sampling = sequence.request.sampling
-    penalties = (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty)
-    return (sampling.temperature, sampling.top_p, sampling.min_p, *penalties)
-
-
-def _segments(ends: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """For each of ``total`` items in consecutive segments: its segment (int64) and its place in it (int32).
-
-    Args: int32 ``[B]``, where each segment ends; none is empty.
-    """
-    items = torch.arange(total, dtype=torch.int32, device=ends.device)
-    owners = torch.searchsorted(ends, items, right=True)
-    starts = torch.cat([ends.new_zeros(1), ends])
-    return owners, items - starts[owners]
+def _batches(sequences: Items[Sequence]) -> Iterator[list[Sequence]]:
+    """The sequences in order, as many at a time as have ``TOKENS_AT_ONCE``, but one at least."""
+    batch: list[Sequence] = []
+    num_tokens = 0
+    for sequence in sequences:
+        num_tokens += len(sequence.token_ids)
+        if batch and num_tokens > TOKENS_AT_ONCE:
+            yield batch
+            batch, num_tokens = [], len(sequence.token_ids)
+        batch.append(sequence)
+    yield batch

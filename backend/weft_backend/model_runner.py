@@ -142,7 +142,7 @@ class ModelRunner:
         """Queue a step; on a GPU it returns before the step is done, and never waits."""
         self._cache.apply(plan.page_moves, self._uploader, self._ops)
         if plan.new_rows:
-            self._state.start_rows(plan.new_rows, self._uploader)
+            self._state.start_rows(plan.new_rows, self._uploader, self._ops)
             self._extras.start_rows(plan.new_rows, self._uploader)
         samples = self._load(plan)
         hidden = self._forward(StepShape.of(plan)) if self._graphs is None else self._graphs.forward(plan)

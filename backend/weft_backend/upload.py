@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ class Uploader:
     def upload(self, *arrays: NDArray[Any]) -> list[Tensor]:
         """Device copies of int32, int64 or float32 arrays, in their shapes; they share one allocation."""
         sizes = [array.nbytes // 4 for array in arrays]
-        starts = np.cumsum([0] + [size + size % 2 for size in sizes]).tolist()  # 8-byte aligned, for the int64 views
+        starts = [0, *accumulate(size + size % 2 for size in sizes)]  # 8-byte aligned, for the int64 views
         staged = self._staging.take(starts[-1])
         for array, start, size in zip(arrays, starts, sizes, strict=False):
             staged[start : start + size] = np.ascontiguousarray(array).reshape(-1).view(np.int32)

@@ -104,6 +104,13 @@ class Ops(Protocol):
         depends on a row's own values alone, so batches do not matter.
         """
 
+    def start_rows(self, tables: RowTables, records: Tensor, token_ids: Tensor) -> None:
+        """Fill the tables of ``N`` rows that begin, all but their pages, and mark them as not finished.
+
+        int32 [N, 5 + C + K] records: the row, where its tokens begin in the int32 ``token_ids``, how many they are, the
+        halves of its seed (the lower one first), its ``params`` and its ``stop_ids``. No row is named twice.
+        """
+
     def lay_out(
         self,
         tables: RowTables,

@@ -29,6 +29,7 @@ class RowTables:
     page_table: Tensor  # int32 [R, max_pages]
     finished: Tensor  # bool [R]
     stop_ids: Tensor  # int32 [R, K], padded with -1
+    params: Tensor  # int32 [C, R]: all there is of 32 bits, floats viewed as int32; what follows are views of it
     min_lens: Tensor  # int32 [R]; below it no stop id ends the row
     max_lens: Tensor  # int32 [R]
-    sampling: SamplingTable
+    sampling: SamplingTable  # but for the seeds

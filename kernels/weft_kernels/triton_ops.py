@@ -13,6 +13,7 @@ from weft_kernels.paged_prefill_attention import paged_prefill_attention
 from weft_kernels.reference import copy_pages
 from weft_kernels.rope_and_write_kv import rope_and_write_kv
 from weft_kernels.sampling import sample
+from weft_kernels.start_rows import start_rows
 from weft_kernels.step_tables import advance, lay_out, update_pages
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "paged_attention",
     "rope_and_write_kv",
     "sample",
+    "start_rows",
     "update_pages",
 ]
 

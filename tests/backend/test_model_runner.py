@@ -10,7 +10,6 @@ import torch
 from driving import drive, generated, make_request
 from torch import Tensor
 
-from weft_backend.batch_state import stream_seed
 from weft_backend.cuda_graphs import StepShape
 from weft_backend.errors import StartupError
 from weft_backend.kv_cache import KVCache, PageShape, plan_for_cpu
@@ -274,14 +273,6 @@ def test_uploads_keep_shapes_types_and_values_while_buffers_are_used_again() -> 
         for tensor, array in zip(tensors, arrays, strict=True):
             assert tensor.numpy().dtype == array.dtype
             np.testing.assert_array_equal(tensor.numpy(), array)
-
-
-def test_streams_of_choices_are_their_own() -> None:
-    seeds = [-(2**63), -1, 0, 1, 2, 2**63 - 1]
-    streams = [stream_seed(seed, choice) for seed in seeds for choice in range(64)]
-    assert len(set(streams)) == len(streams)
-    assert all(-(2**63) <= stream < 2**63 for stream in streams)
-    assert [stream_seed(seed, 0) for seed in seeds] == seeds
 
 
 def test_the_cpu_cache_holds_the_largest_batch_if_it_can() -> None:

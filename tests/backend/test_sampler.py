@@ -15,6 +15,7 @@ from weft_backend.batch_state import BatchState
 from weft_backend.sampler import RowExtras, adjust, score, score_parts
 from weft_backend.sequence import Sequence
 from weft_backend.upload import Uploader
+from weft_kernels import ops_for
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = 11
@@ -26,14 +27,14 @@ class Rows:
     """Rows 0, 1, … of the tables, one for each choice of sampling parameters, all of the same tokens."""
 
     def __init__(self, *samplings: dict[str, Any], num_generated: int = len(OUTPUT)) -> None:
-        uploader = Uploader(CPU)
+        uploader, ops = Uploader(CPU), ops_for(CPU)
         self.state = BatchState(max_num_seqs=64, max_model_len=32, page_size=4, max_stop_token_ids=4, device=CPU)
         self.extras = RowExtras(64, VOCAB_SIZE)
         sequences = []
         for row, sampling in enumerate(samplings):
             request = make_request(PROMPT, **{"max_tokens": 20} | sampling)
             sequences.append(Sequence(request, 0, PROMPT + OUTPUT[:num_generated], row=row))
-        self.state.start_rows(sequences, uploader)
+        self.state.start_rows(sequences, uploader, ops)
         self.extras.start_rows(sequences, uploader)
         self.rows = torch.arange(len(samplings), dtype=torch.int32)
         self.positions = torch.full_like(self.rows, len(PROMPT) + num_generated)
@@ -123,30 +124,6 @@ def test_a_row_forgets_what_the_sequence_before_it_asked_for() -> None:
     row = np.zeros(1, np.int32)
     assert not rows.extras.biases
     assert len(rows.extras.adjusted(row, row + 5)) == len(rows.extras.scored(row)) == 0
-
-
-def test_params_are_those_of_the_rows() -> None:
-    samplings: list[dict[str, Any]] = [
-        {"temperature": 0.5, "top_p": 0.25, "min_p": 0.125, "top_k": 3, "seed": -7, "stop_token_ids": (4, 2)},
-        {"min_tokens": 3, "max_tokens": 6, "repetition_penalty": 1.5, "frequency_penalty": 0.5, "seed": 2**63 - 1},
-        {"max_tokens": 1000},
-    ]
-    state = Rows(*samplings).state
-    sampling = state.tables.sampling
-    assert sampling.temperature[:3].tolist() == [0.5, 0, 0]
-    assert sampling.top_p[:3].tolist() == [0.25, 1, 1]
-    assert sampling.min_p[:3].tolist() == [0.125, 0, 0]
-    assert sampling.top_k[:3].tolist() == [3, 0, 0]
-    assert sampling.seeds[:3].tolist() == [-7, 2**63 - 1, 0]
-    assert state.tables.stop_ids[:3].tolist() == [[4, 2, -1, -1], [-1] * 4, [-1] * 4]
-    assert state.tables.min_lens[:3].tolist() == [4, 7, 4]
-    assert state.tables.max_lens[:3].tolist() == [24, 10, 32]  # max_model_len is 32
-    adjustments = state.adjustments(torch.tensor([1, 0, 2], dtype=torch.int32))
-    assert adjustments.repetition_penalty.tolist() == [1.5, 1, 1]
-    assert adjustments.frequency_penalty.tolist() == [0.5, 0, 0]
-    assert adjustments.stop_ids.tolist() == [[-1] * 4, [4, 2, -1, -1], [-1] * 4]
-    assert adjustments.prompt_len.tolist() == [4, 4, 4]
-    assert adjustments.min_len.tolist() == [7, 4, 4]
 
 
 def test_scores_rank_from_one_and_sum_to_one() -> None:

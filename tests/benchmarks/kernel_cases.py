@@ -247,6 +247,7 @@ class Bench:
             page_table=self._arange(16 * num_rows).view(num_rows, 16),
             finished=torch.zeros(num_rows, dtype=torch.bool, device=self._device),
             stop_ids=torch.full((num_rows, 8), -1, dtype=torch.int32, device=self._device),
+            params=torch.zeros(10, num_rows, dtype=torch.int32, device=self._device),
             min_lens=torch.zeros_like(lens),
             max_lens=lens,
             sampling=self._sampling_table(num_rows, 0.0, 0, 1.0),

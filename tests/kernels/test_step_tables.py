@@ -30,6 +30,7 @@ def make_tables(device: torch.device) -> RowTables:
         stop_ids=torch.full((NUM_ROWS, 3), -1, dtype=torch.int32, device=device),
         min_lens=torch.zeros(NUM_ROWS, dtype=torch.int32, device=device),
         max_lens=torch.full((NUM_ROWS,), MAX_LEN, dtype=torch.int32, device=device),
+        params=unused.int(),
         sampling=SamplingTable(unused, unused, unused, unused.int(), unused.long()),
     )
 
