@@ -7,10 +7,12 @@ the I/O process forwards them without parsing. Knows neither torch nor gRPC.
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import struct
 import threading
+import time
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -18,6 +20,9 @@ from weft_backend.errors import ChannelClosed
 
 _HEADER = struct.Struct("<IIB")
 _READ_SIZE = 1 << 20
+# How long the engine looks for messages before it sleeps. Waking up takes 0.14 ms on a GPU machine, and then a core has
+# forgotten the engine's code: together 0.4 ms of a request that follows the answer to another.
+_AWAKE_SECONDS = 0.01
 
 
 class Kind(IntEnum):
@@ -108,9 +113,12 @@ class EngineChannel:
             self._poll()
 
     def _poll(self) -> None:
+        """Wait until there is something to do, awake at first: see ``_AWAKE_SECONDS``."""
         poll = select.poll()
         poll.register(self._sock, select.POLLIN | (select.POLLOUT if self._unsent else 0))
-        poll.poll()
+        awake_until = time.monotonic() + _AWAKE_SECONDS
+        while not poll.poll(0 if time.monotonic() < awake_until else None):
+            os.sched_yield()
 
     def _read(self) -> list[Message]:
         try:

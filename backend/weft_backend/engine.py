@@ -156,15 +156,15 @@ class Engine:
     # ---- publish ----
 
     def _publish(self, output: StepOutput | None) -> None:
-        """Send each session its frame, and the load if it is due."""
+        """Send each session its frame; queue the load if it is due."""
         if output is not None:
             self._send_frames(output)
+            self._channel.flush()
         is_idle = self._is_idle
         if is_idle:
             self._scheduler.check_idle()
         if (report := self._load.due(self._open.num_ended, idle=is_idle)) is not None:
             self._channel.send(Kind.LOAD, payload=report.SerializeToString())
-        self._channel.flush()
 
     def _send_frames(self, step: StepOutput) -> None:
         """Send each session its frame. A request whose output cannot be put into it fails, and only after it: the

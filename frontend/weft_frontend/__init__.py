@@ -1,0 +1,3 @@
+from weft.polling import poll_in_calling_threads
+
+poll_in_calling_threads()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 
 import pytest
 
@@ -49,6 +50,14 @@ def test_send_never_blocks_and_receive_sends_the_rest(ends: tuple[EngineChannel,
     assert channel.receive(wait=True) == [Message(Kind.SESSION_CLOSED, 1, b"")]
     reader.join()
     assert received == [Message(Kind.STEP, 1, payload)]
+
+
+def test_a_long_wait_takes_no_cpu(ends: tuple[EngineChannel, socket.socket]) -> None:
+    channel, other = ends
+    threading.Timer(0.3, lambda: other.sendall(encode(Kind.REQUEST, 3))).start()
+    begin = time.thread_time()
+    assert channel.receive(wait=True) == [Message(Kind.REQUEST, 3, b"")]
+    assert time.thread_time() - begin < 0.1
 
 
 def test_the_other_ends_death_raises(ends: tuple[EngineChannel, socket.socket]) -> None:

@@ -9,6 +9,9 @@ from typing import ClassVar
 import click
 
 from weft.cli.lazy import LazyGroup
+from weft.polling import poll_in_calling_threads
+
+poll_in_calling_threads()
 
 
 class _Commands(LazyGroup):

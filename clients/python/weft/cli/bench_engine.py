@@ -51,21 +51,20 @@ def started_session(backend_arguments: Sequence[str]) -> Iterator[EngineSession]
     folder = tempfile.mkdtemp(prefix="weft-")
     target = f"unix:{folder}/backend.sock"
     service = Service(BACKEND, [*backend_arguments, "--listen", target, "--metrics-port", "0"])
+    session = EngineSession(target)
     try:
-        session = _connect(service, target)
-        try:
-            yield session
-        finally:
-            session.close()
+        _open(session, service)
+        yield session
     finally:
+        session.close()
         service.stop(grace=10.0)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _connect(service: Service, target: str) -> EngineSession:
+def _open(session: EngineSession, service: Service) -> None:
     while True:
         try:
-            return EngineSession(target)
+            return session.open()
         except Unavailable:
             service.raise_if_ended()
             time.sleep(_POLL_SECONDS)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+import asyncio
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,23 +22,26 @@ _KEEPALIVE_SECONDS = 3.0
 
 
 class EngineSession:
-    """One session stream. ``run`` submits requests and waits for all of them; one call at a time."""
+    """One session stream. ``open`` it; ``run`` submits requests and waits for all of them; one call at a time.
+
+    On an event loop, as frontends hold theirs: gRPC's synchronous streams take another thread to write a message.
+    Between the calls nothing shows life, so they are to follow within the backend's 20 s.
+    """
 
     def __init__(self, target: str) -> None:
-        self._frames: queue.SimpleQueue[pb.SessionRequest] = queue.SimpleQueue()
+        self._target = target
         self._num_steps = 0
-        self._channel = grpc.insecure_channel(target, CHANNEL_OPTIONS)
-        stub: Any = EngineServiceStub(self._channel)  # type: ignore[no-untyped-call]
-        self._send(hello=pb.Hello(frontend_id="bench", contract_version=CONTRACT_VERSION))
-        self._stream = stub.Session(iter(self._frames.get, None))
-        self._welcome: pb.Welcome = self._next().welcome
-        self._closed = threading.Event()
-        threading.Thread(target=self._show_life, name="weft-keepalive", daemon=True).start()
+        self._writing = asyncio.Lock()  # gRPC takes one message at a time
+        self._runner = asyncio.Runner()
 
     @property
     def vocab_size(self) -> int:
         """Token ids are below this."""
         return self._welcome.model.vocab_size
+
+    def open(self) -> None:
+        """Connect. Raises WeftError; may be tried again."""
+        self._runner.run(self._open())
 
     def run(self, requests: Sequence[Request]) -> float:
         """Seconds from the first submit to the last token. Raises WeftError if a request fails or gives another
@@ -47,14 +50,7 @@ class EngineSession:
         frames = [pb.SessionRequest(submit=_submit(slot, request)) for slot, request in enumerate(requests)]
         left = [request.max_tokens for request in requests]
         begin = time.perf_counter()
-        for frame in frames:
-            self._frames.put(frame)
-        num_running = len(requests)
-        while num_running:
-            step = self._next_step()
-            for slot, num_tokens in _rows(step):
-                left[slot] -= num_tokens
-            num_running -= len(step.finishes)
+        self._runner.run(self._run(frames, left))
         seconds = time.perf_counter() - begin
         if any(left):
             raise WeftError(f"{sum(map(bool, left))} requests gave another number of tokens than asked for")
@@ -62,36 +58,64 @@ class EngineSession:
 
     def close(self) -> None:
         """End the session."""
-        self._closed.set()
-        self._stream.cancel()
-        self._channel.close()
+        self._runner.run(self._channel.close(None))
+        self._runner.close()
 
-    def _next_step(self) -> pb.StepFrame:
+    async def _open(self) -> None:
+        self._channel = grpc.aio.insecure_channel(self._target, CHANNEL_OPTIONS)
+        stub: Any = EngineServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        try:
+            await stub.GetModel(pb.GetModelRequest())  # a stream refused in the middle of hello would not say why
+        except grpc.aio.AioRpcError as error:
+            await self._channel.close(None)
+            raise from_rpc_error(error) from None
+        self._stream = stub.Session()
+        await self._write(pb.SessionRequest(hello=pb.Hello(frontend_id="bench", contract_version=CONTRACT_VERSION)))
+        self._welcome = (await self._read()).welcome
+        self._keepalive = asyncio.create_task(self._show_life())
+
+    async def _run(self, frames: Sequence[pb.SessionRequest], left: list[int]) -> None:
+        """Submit the requests and take their tokens off those ``left`` until all have finished."""
+        submitting = asyncio.create_task(self._write(*frames))
+        num_running = len(frames)
+        while num_running:
+            step = await self._next_step()
+            for slot, num_tokens in _rows(step):
+                left[slot] -= num_tokens
+            num_running -= len(step.finishes)
+        await submitting
+
+    async def _next_step(self) -> pb.StepFrame:
         """The next step frame, acknowledged in time. Raises WeftError for a failure."""
         while True:
-            frame = self._next()
+            frame = await self._read()
             match frame.WhichOneof("frame"):
                 case "failure":
                     raise WeftError(f"{frame.failure.reason}: {frame.failure.message}", field=frame.failure.field)
                 case "step":
                     self._num_steps += 1
                     if self._num_steps % max(1, self._welcome.ack_window // 4) == 0:
-                        self._send(ack=pb.Ack(num_steps=self._num_steps))
+                        await self._write(pb.SessionRequest(ack=pb.Ack(num_steps=self._num_steps)))
                     return frame.step
 
-    def _next(self) -> pb.SessionResponse:
+    async def _read(self) -> pb.SessionResponse:
         try:
-            frame: pb.SessionResponse = next(self._stream)
-            return frame
-        except grpc.RpcError as error:
+            frame: pb.SessionResponse = await self._stream.read()
+        except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
+        return frame
 
-    def _send(self, **frame: Any) -> None:
-        self._frames.put(pb.SessionRequest(**frame))
+    async def _write(self, *frames: pb.SessionRequest) -> None:
+        # When the call is over, the reader says why.
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            for frame in frames:
+                async with self._writing:
+                    await self._stream.write(frame)
 
-    def _show_life(self) -> None:
-        while not self._closed.wait(_KEEPALIVE_SECONDS):
-            self._send(keepalive=pb.Keepalive())
+    async def _show_life(self) -> None:
+        while True:
+            await asyncio.sleep(_KEEPALIVE_SECONDS)
+            await self._write(pb.SessionRequest(keepalive=pb.Keepalive()))
 
 
 def _rows(step: pb.StepFrame) -> Iterator[tuple[int, int]]:
