@@ -28,16 +28,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from weft_kernels.hopper_prefill_copies import (
-    SWIZZLED,
-    barrier,
-    count_items,
-    find_tile,
-    make_cut,
-    make_query_ring,
-    make_ring,
-    produce,
-)
+from weft_kernels.gluon_names import SWIZZLED, barrier
+from weft_kernels.hopper_prefill_copies import count_items, find_tile, make_cut, make_query_ring, make_ring, produce
 from weft_kernels.launch import is_hopper, num_sms
 from weft_kernels.layout import BatchLayout
 

@@ -19,11 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-
-# Gluon of triton 3.6 has other names for these.
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+from weft_kernels.gluon_names import SWIZZLED, async_load, barrier
 
 
 @dataclass(frozen=True)
