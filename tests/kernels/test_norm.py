@@ -47,10 +47,16 @@ def test_normalize(name: str, biased: bool, dtype: torch.dtype, size: Any, devic
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("biased", BIASED)
-@pytest.mark.parametrize("hidden", [4096, 5120, 8192])
-def test_realistic_sizes(hidden: int, biased: bool, device: torch.device, error: Any) -> None:
-    x, norm = inputs((513, hidden), torch.bfloat16, device, biased)
+@pytest.mark.parametrize("size", [(5001, 768), (5001, 1024), (513, 4096), (513, 5120), (513, 8192)], ids=str)
+def test_realistic_sizes(size: tuple[int, int], biased: bool, device: torch.device, error: Any) -> None:
+    x, norm = inputs(size, torch.bfloat16, device, biased)
     assert error(triton_ops.normalize(x, norm), dense(x, norm)) < ERROR[torch.bfloat16]
+
+
+def test_two_tokens_a_program(device: torch.device, error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weft_kernels.norm.MAX_PROGRAMS", 2)
+    x, norm = inputs((5, 100), torch.float32, device, True)
+    assert error(triton_ops.normalize(x, norm), dense(x, norm)) < ERROR[torch.float32]
 
 
 @pytest.mark.parametrize("name", OPS)
