@@ -1,6 +1,6 @@
 """Linear layers with what stands around them: the norm before, and activation and residual sum after.
 
-Few tokens go through kernels that stream the weights (``vector_linear``, ``wgmma_linear``), more through the library.
+Few tokens go through kernels that stream the weights (``mma_linear``, ``wgmma_linear``), more through the library.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft_kernels.launch import is_hopper, num_sms
-from weft_kernels.linear_tiles import vector_tile, wgmma_tile
+from weft_kernels.linear_tiles import mma_tile, wgmma_tile
+from weft_kernels.mma_linear import mma_linear
 from weft_kernels.norm import normalize, quantize
 from weft_kernels.ops import Activation, Norm
 from weft_kernels.silu_and_mul import silu_and_mul
 from weft_kernels.tiled_matmul import silu_matmul, suits_tiles
-from weft_kernels.vector_linear import vector_linear
 from weft_kernels.wgmma_linear import wgmma_linear
 
 
@@ -31,10 +31,11 @@ def linear(
 ) -> Tensor:
     """x [T, K], weight [N, K] -> [T, N], or the residual, to which it is added. See ``Ops.linear``."""
     (num_tokens, size), num_outputs = x.shape, weight.shape[0]
-    if x.dtype != torch.float32:
-        tile = vector_tile(num_tokens, num_outputs, size)
+    on_hopper = x.dtype != torch.float32 and is_hopper(x.device)
+    if on_hopper:
+        tile = mma_tile(num_tokens, num_outputs, size, num_sms(x.device))
         if tile is not None:
-            return vector_linear(x, weight, bias, weight_scale, norm, residual, activation, tile)
+            return mma_linear(x, weight, bias, weight_scale, norm, residual, activation, tile)
     if weight_scale is not None:
         y = _scaled_matmul(x, weight, weight_scale, norm)
         if bias is not None:
@@ -42,8 +43,8 @@ def linear(
     else:
         if norm is not None:
             x = normalize(x, norm)
-        if x.dtype != torch.float32 and is_hopper(x.device) and (bias is None or activation != "silu_and_mul"):
-            wide_tile = wgmma_tile(num_tokens, num_outputs, size, activation)
+        if on_hopper and (bias is None or activation != "silu_and_mul"):
+            wide_tile = wgmma_tile(num_tokens, num_outputs, size, activation, num_sms(x.device))
             if wide_tile is not None:
                 return wgmma_linear(x, weight, bias, residual, activation, wide_tile)
             if activation == "silu_and_mul" and suits_tiles(num_tokens, num_outputs // 2, num_sms(x.device)):

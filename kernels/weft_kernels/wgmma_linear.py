@@ -3,8 +3,8 @@
 The product is taken as weights times activations, ``yᵀ = W xᵀ``, so that outputs fill the 64 rows of a wgmma and a few
 tokens are no waste. A program owns ``BLOCK_N`` outputs (for silu_and_mul half of them gates, half the matching ups) and
 one of ``NUM_SPLITS`` stretches of K; TMA copies keep ``NUM_STAGES - 1`` tiles on their way, of the weights even before
-the kernel in front has ended. With several stretches, each program leaves its sums in ``partials``; the one that comes
-last adds them in order, so that results do not depend on who was last, and resets the counter for the next launch.
+the kernel in front has ended. With several stretches, programs leave their sums in ``partials``, wait for each other,
+and add up their shares of the outputs, in the order of the stretches, so that results depend on no race.
 """
 
 from __future__ import annotations
@@ -20,21 +20,19 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from weft_kernels.gluon_names import SWIZZLED, async_load, barrier
+from weft_kernels.launch import num_sms
 from weft_kernels.ops import Activation
-
-_MAX_BLOCKS = 1 << 14  # of outputs, if K is split
-_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
 class WgmmaTile(NamedTuple):
-    """Outputs of a program (64 or 128; 128 or 256 for silu_and_mul), columns of K a step, which K is a multiple of,
-    stretches of K, and steps in shared memory at a time."""
+    """Outputs of a program (64, 128 or 256, but 64 for silu_and_mul), columns of K a step, which K is a multiple of,
+    stretches of K (1, 2, 4 or 8, and 1 for silu_and_mul), and steps in shared memory at a time."""
 
     block_n: int
     block_k: int
@@ -45,29 +43,37 @@ class WgmmaTile(NamedTuple):
 @gluon.jit
 def _copy_weights(weight, tiles, barriers, stage, column, width, k, wanted, OWNED: gl.constexpr, BYTES: gl.constexpr):  # type: ignore[no-untyped-def]
     """Start the copy of a step's weights; its barrier waits for ``BYTES``, those of the activations included."""
-    barrier, tile = barriers.index(stage), tiles.index(stage)
-    mbarrier.expect(barrier, BYTES, pred=wanted)
-    tma.async_copy_global_to_shared(weight, [column, k], barrier, tile.slice(0, OWNED), pred=wanted)
+    loaded, tile = barriers.index(stage), tiles.index(stage)
+    mbarrier.expect(loaded, BYTES, pred=wanted)
+    async_load(weight, [column, k], loaded, tile.slice(0, OWNED), pred=wanted)
     if tile.shape[0] > OWNED:
-        tma.async_copy_global_to_shared(weight, [width + column, k], barrier, tile.slice(OWNED, OWNED), pred=wanted)
+        async_load(weight, [width + column, k], loaded, tile.slice(OWNED, OWNED), pred=wanted)
 
 
 @gluon.jit
-def _sum_over_splits(acc, partials, counter, NUM_SPLITS: gl.constexpr, num_warps: gl.constexpr):  # type: ignore[no-untyped-def]
-    """(the sum over the splits, True) for the program that comes last, (its own part, False) for the others."""
-    SIZE: gl.constexpr = acc.shape[0] * acc.shape[1]
-    flat: gl.constexpr = gl.BlockedLayout([4], [32], [num_warps], [0])
-    at = partials + gl.arange(0, SIZE, layout=flat)
-    gl.store(at + gl.program_id(1) * SIZE, gl.convert_layout(acc.reshape([SIZE]), flat))
-    gl.thread_barrier()  # every thread's sums are stored before the count says so
-    is_last = gl.atomic_add(counter, 1, sem="acq_rel") == NUM_SPLITS - 1
-    if is_last:
-        total = gl.load(at, cache_modifier=".cg")
-        for other in gl.static_range(1, NUM_SPLITS):
-            total += gl.load(at + other * SIZE, cache_modifier=".cg")
-        acc = gl.convert_layout(total.reshape([acc.shape[0], acc.shape[1]]), acc.type.layout)
+def _sum_over_splits(acc, partials, counter, block, split, NUM_SPLITS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """The sums of this split's share of the outputs, when all splits have stored theirs."""
+    BLOCK_N: gl.constexpr = acc.shape[0]
+    BLOCK_T: gl.constexpr = acc.shape[1]
+    ROWS: gl.constexpr = BLOCK_N // NUM_SPLITS
+    partials += block.to(gl.int64) * (NUM_SPLITS * BLOCK_N * BLOCK_T)
+    row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, acc.type.layout))
+    token = gl.arange(0, BLOCK_T, layout=gl.SliceLayout(0, acc.type.layout))
+    gl.store(partials + (split * BLOCK_N + row[:, None]) * BLOCK_T + token[None, :], acc)
+    barrier()  # every thread's sums are stored before the count says so
+    gl.atomic_add(counter, 1, sem="release")
+    while gl.atomic_add(counter, 0, sem="acquire") < NUM_SPLITS:
+        pass
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [gl.num_warps(), 1], [1, 0])
+    row = split * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    token = gl.arange(0, BLOCK_T, layout=gl.SliceLayout(0, layout))
+    at = partials + row[:, None] * BLOCK_T + token[None, :]
+    total = gl.load(at, cache_modifier=".cg")
+    for other in gl.static_range(1, NUM_SPLITS):
+        total += gl.load(at + other * (BLOCK_N * BLOCK_T), cache_modifier=".cg")
+    if gl.atomic_add(counter, 1, sem="relaxed") == 2 * NUM_SPLITS - 1:  # the last to leave
         gl.store(counter, 0)
-    return acc, is_last
+    return total
 
 
 @gluon.jit(do_not_specialize=["num_tokens"])
@@ -115,7 +121,16 @@ def _wgmma_linear_kernel(  # type: ignore[no-untyped-def]
     gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
     for i in gl.static_range(NUM_STAGES - 1):
         k, wanted = (first + i) * BLOCK_K, first + i < last
-        tma.async_copy_global_to_shared(x, [0, k], barriers.index(i), inputs.index(i), pred=wanted)
+        async_load(x, [0, k], barriers.index(i), inputs.index(i), pred=wanted)
+
+    ROWS: gl.constexpr = OWNED // NUM_SPLITS  # that this program stores
+    store_layout: gl.constexpr = gl.BlockedLayout([max(1, min(8, ROWS // 4)), 1], [4, 8], [1, num_warps], [0, 1])
+    columns = column + split * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, store_layout))
+    tokens = gl.arange(0, BLOCK_T, layout=gl.SliceLayout(0, store_layout))
+    at = tokens[None, :] * width + columns[:, None]
+    inside = (tokens < num_tokens)[None, :] & (columns < width)[:, None]
+    if residual is not None:
+        before = gl.load(residual + at, mask=inside, other=0.0)
 
     acc = gl.zeros([BLOCK_N, BLOCK_T], gl.float32, layout)
     for step in range(first, last):
@@ -127,37 +142,30 @@ def _wgmma_linear_kernel(  # type: ignore[no-untyped-def]
         k, wanted = ahead * BLOCK_K, ahead < last
         free = (ahead - first) % NUM_STAGES
         _copy_weights(weight, weights, barriers, free, column, width, k, wanted, OWNED, BYTES)
-        tma.async_copy_global_to_shared(x, [0, k], barriers.index(free), inputs.index(free), pred=wanted)
+        async_load(x, [0, k], barriers.index(free), inputs.index(free), pred=wanted)
     acc = warpgroup_mma_wait(0, deps=[acc])
 
-    is_last = True
     if NUM_SPLITS > 1:
-        own = partials + block.to(gl.int64) * (NUM_SPLITS * BLOCK_N * BLOCK_T)
-        acc, is_last = _sum_over_splits(acc, own, counters + block, NUM_SPLITS, num_warps)
-    if is_last:
-        store_layout: gl.constexpr = gl.BlockedLayout([8, 1], [4, 8], [1, num_warps], [0, 1])
-        columns = column + gl.arange(0, OWNED, layout=gl.SliceLayout(1, store_layout))
-        tokens = gl.arange(0, BLOCK_T, layout=gl.SliceLayout(0, store_layout))
-        if GATED:
-            gate, up = acc.reshape([2, OWNED, BLOCK_T]).permute([1, 2, 0]).split()
-            y = gl.convert_layout(gate / (1.0 + gl.exp(-gate)) * up, store_layout)
-        else:
-            y = gl.convert_layout(acc, store_layout)
-        if bias is not None:
-            y += gl.load(bias + columns, mask=columns < width, other=0.0).to(gl.float32)[:, None]
-        if ACTIVATION == "relu":
-            y = gl.maximum(y, 0.0)
-        at = tokens[None, :] * width + columns[:, None]
-        inside = (tokens < num_tokens)[None, :] & (columns < width)[:, None]
-        if residual is not None:
-            y += gl.load(residual + at, mask=inside, other=0.0).to(gl.float32)
-        gl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+        y = _sum_over_splits(acc, partials, counters + block, block, split, NUM_SPLITS)
+    elif GATED:
+        gate, up = acc.reshape([2, OWNED, BLOCK_T]).permute([1, 2, 0]).split()
+        y = gate / (1.0 + gl.exp(-gate)) * up
+    else:
+        y = acc
+    y = gl.convert_layout(y, store_layout)
+    if bias is not None:
+        y += gl.load(bias + columns, mask=columns < width, other=0.0).to(gl.float32)[:, None]
+    if ACTIVATION == "relu":
+        y = gl.maximum(y, 0.0)
+    if residual is not None:
+        y += before.to(gl.float32)
+    gl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 
 @functools.cache
 def _counters(device: torch.device) -> Tensor:
     """Each launch leaves them at zero, and of launches on a stream one ends before the next counts."""
-    return torch.zeros(_MAX_BLOCKS, dtype=torch.int32, device=device)
+    return torch.zeros(num_sms(device), dtype=torch.int32, device=device)
 
 
 def wgmma_linear(
@@ -184,12 +192,14 @@ def wgmma_linear(
     num_blocks = triton.cdiv(width, owned)
     partials = None
     if tile.num_splits > 1:
-        assert num_blocks <= _MAX_BLOCKS
+        # Programs that wait for each other must all stand on the GPU at once, for which one a multiprocessor is enough.
+        assert num_blocks * tile.num_splits <= num_sms(x.device)
+        assert activation != "silu_and_mul"
         shape = (num_blocks, tile.num_splits, tile.block_n * block_t)
         partials = torch.empty(shape, dtype=torch.float32, device=x.device)
     _wgmma_linear_kernel[(num_blocks, tile.num_splits)](
-        TensorDescriptor.from_tensor(weight, [owned, tile.block_k], _LAYOUT),
-        TensorDescriptor.from_tensor(x, [block_t, tile.block_k], _LAYOUT),
+        TensorDescriptor.from_tensor(weight, [owned, tile.block_k], SWIZZLED),
+        TensorDescriptor.from_tensor(x, [block_t, tile.block_k], SWIZZLED),
         bias,
         residual,
         out,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft_kernels import Activation, Norm, reference, triton_ops
-from weft_kernels.vector_linear import VectorTile, vector_linear
+from weft_kernels.mma_linear import MmaTile, mma_linear
 from weft_kernels.wgmma_linear import WgmmaTile, wgmma_linear
 
 ERROR = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -70,11 +70,9 @@ class Layer:
         assert residual is None or y is residual
         return y
 
-    def run_vector(self, tile: VectorTile) -> Tensor:
+    def run_mma(self, tile: MmaTile) -> Tensor:
         residual = None if self.residual is None else self.residual.clone()
-        return vector_linear(
-            self.x, self.weight, self.bias, self.weight_scale, self.norm, residual, self.activation, tile
-        )
+        return mma_linear(self.x, self.weight, self.bias, self.weight_scale, self.norm, residual, self.activation, tile)
 
     def run_wgmma(self, tile: WgmmaTile) -> Tensor:
         residual = None if self.residual is None else self.residual.clone()
@@ -150,29 +148,40 @@ def test_linear(
         assert error(actual, layer.expected * 1.02) > ERROR[dtype]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("num_tokens", [1, 7])
-@pytest.mark.parametrize("tile", [VectorTile(2, 32), VectorTile(4, 64), VectorTile(16, 32)], ids=str)
-def test_vector_tiles(
-    dtype: torch.dtype, kind: dict[str, Any], num_tokens: int, tile: VectorTile, make_layer: MakeLayer, error: Any
+@pytest.mark.parametrize("num_tokens", [1, 7, 8])
+@pytest.mark.parametrize("tile", [MmaTile(16, 64, 4), MmaTile(32, 128, 8), MmaTile(16, 256, 16)], ids=str)
+def test_mma_tiles(
+    dtype: torch.dtype, kind: dict[str, Any], num_tokens: int, tile: MmaTile, make_layer: MakeLayer, error: Any
 ) -> None:
-    layer = make_layer(num_tokens, 22, 192, dtype=dtype, **kind)
-    assert error(layer.run_vector(tile), layer.expected) < ERROR[dtype]
+    layer = make_layer(num_tokens, 472, 1392, dtype=dtype, **kind)
+    assert error(layer.run_mma(tile), layer.expected) < ERROR[dtype]
+
+
+@pytest.mark.gpu
+def test_no_overflow_in_front_of_a_norm(make_layer: MakeLayer, error: Any) -> None:
+    layer = make_layer(5, 64, 256, dtype=torch.float16, norm="rms")
+    assert layer.norm is not None
+    layer = replace(layer, x=layer.x * 3000, norm=replace(layer.norm, weight=layer.norm.weight * 50))
+    assert error(layer.run(triton_ops), layer.expected) < ERROR[torch.float16]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 17, 64, 127])
-@pytest.mark.parametrize("tile", [WgmmaTile(128, 64, 1, 4), WgmmaTile(128, 128, 5, 3), WgmmaTile(256, 64, 2, 4)])
+@pytest.mark.parametrize("tile", [WgmmaTile(64, 64, 8, 6), WgmmaTile(128, 128, 4, 3), WgmmaTile(256, 64, 1, 4)])
 def test_wgmma_tiles(
     dtype: torch.dtype, kind: dict[str, Any], num_tokens: int, tile: WgmmaTile, make_layer: MakeLayer, error: Any
 ) -> None:
+    if kind.get("activation") == "silu_and_mul":
+        tile = tile._replace(block_n=max(128, tile.block_n), num_splits=1)
     layer = make_layer(num_tokens, 472, 1408, dtype=dtype, **(kind | {"norm": None}))
     first = layer.run_wgmma(tile)
     assert error(first, layer.expected) < ERROR[dtype]
-    assert torch.equal(layer.run_wgmma(tile), first)  # whichever split comes last; and the counters are zero again
+    assert torch.equal(layer.run_wgmma(tile), first)  # the counters are zero again
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -181,12 +190,12 @@ def test_wgmma_tiles(
 def test_fp8_weights(name: str, kind: dict[str, Any], num_tokens: int, make_layer: MakeLayer, error: Any) -> None:
     layer = make_layer(num_tokens, 48, 64, dtype=torch.float16, fp8=True, **kind)
     # More tokens are themselves rounded to three bits.
-    tolerance = ERROR[torch.float16] if name == "twin" or num_tokens == 3 else 0.1
+    tolerance = ERROR[torch.float16] if name == "twin" or (num_tokens == 3 and torch.cuda.is_available()) else 0.1
     assert error(layer.run(OPS[name]), layer.expected) < tolerance
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens", [1, 4, 7, 64, 100])
+@pytest.mark.parametrize("num_tokens", [1, 8, 9, 64, 100])
 @pytest.mark.parametrize("size", [(6144, 4096), (4096, 14336), (1024, 3072), (50272, 768)], ids=str)
 def test_realistic_sizes(num_tokens: int, size: tuple[int, int], make_layer: MakeLayer, error: Any) -> None:
     for kind in KINDS:
