@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 from collections.abc import Callable
 
@@ -82,6 +83,8 @@ async def _serve(config: FrontendConfig, on_ready: Callable[[str], None]) -> Non
 
     async def announce() -> None:
         await worker.generation.wait_ready()
+        gc.collect()
+        gc.freeze()  # what serves is never garbage: a full collection would walk it, and hold up every stream for 50 ms
         on_ready(", ".join(model.id for model in worker.generation.list_models().models))
 
     announcing = asyncio.create_task(announce())
