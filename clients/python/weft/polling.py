@@ -1,4 +1,4 @@
-"""How gRPC waits for its sockets."""
+"""Which threads read gRPC's sockets."""
 
 from __future__ import annotations
 
