@@ -162,6 +162,11 @@ def _wgmma_linear_kernel(  # type: ignore[no-untyped-def]
     gl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 
+def block_t(num_tokens: int) -> int:
+    """The tokens of a program."""
+    return max(16, int(triton.next_power_of_2(num_tokens)))
+
+
 @functools.cache
 def _counters(device: torch.device) -> Tensor:
     """Each launch leaves them at zero, and of launches on a stream one ends before the next counts."""
@@ -188,18 +193,17 @@ def wgmma_linear(
         assert bias is None
         width, owned = width // 2, owned // 2
     out = x.new_empty((num_tokens, width)) if residual is None else residual
-    block_t = max(16, triton.next_power_of_2(num_tokens))
     num_blocks = triton.cdiv(width, owned)
     partials = None
     if tile.num_splits > 1:
         # Programs that wait for each other must all stand on the GPU at once, for which one a multiprocessor is enough.
         assert num_blocks * tile.num_splits <= num_sms(x.device)
         assert activation != "silu_and_mul"
-        shape = (num_blocks, tile.num_splits, tile.block_n * block_t)
+        shape = (num_blocks, tile.num_splits, tile.block_n * block_t(num_tokens))
         partials = torch.empty(shape, dtype=torch.float32, device=x.device)
     _wgmma_linear_kernel[(num_blocks, tile.num_splits)](
         TensorDescriptor.from_tensor(weight, [owned, tile.block_k], SWIZZLED),
-        TensorDescriptor.from_tensor(x, [block_t, tile.block_k], SWIZZLED),
+        TensorDescriptor.from_tensor(x, [block_t(num_tokens), tile.block_k], SWIZZLED),
         bias,
         residual,
         out,
@@ -209,7 +213,7 @@ def wgmma_linear(
         num_outputs,
         size,
         ACTIVATION=activation,
-        BLOCK_T=block_t,
+        BLOCK_T=block_t(num_tokens),
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         NUM_SPLITS=tile.num_splits,
