@@ -40,6 +40,23 @@ def _load_columns(pointers, column, size, MASKED: gl.constexpr, EVICT: gl.conste
     return gl.load(pointers, eviction_policy=EVICT)
 
 
+@gluon.jit
+def _statistics(inputs, columns, size, eps, CENTERED: gl.constexpr, STEP: gl.constexpr, MASKED: gl.constexpr):  # type: ignore[no-untyped-def]
+    """(mean, 0 if not ``CENTERED``; 1 over the standard deviation) of each token."""
+    B: gl.constexpr = columns.type.layout
+    total = gl.zeros([inputs.shape[0], inputs.shape[2]], gl.float32, gl.SliceLayout(1, B))
+    squares = total
+    for k in range(0, size, STEP):
+        value = _load_columns(inputs + k, k + columns, size, MASKED, "").to(gl.float32)
+        if CENTERED:
+            total += gl.sum(value, axis=1)
+        squares += gl.sum(value * value, axis=1)
+    mean = gl.sum(total, axis=0) / size
+    scale = gl.rsqrt(gl.maximum(gl.sum(squares, axis=0) / size - mean * mean, 0.0) + eps)
+    tokens: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, B))
+    return gl.convert_layout(mean, tokens)[None, None, :], gl.convert_layout(scale, tokens)[None, None, :]
+
+
 @gluon.jit(do_not_specialize=["num_tokens"])
 def _mma_linear_kernel(  # type: ignore[no-untyped-def]
     x,  # [T, K]
@@ -97,20 +114,9 @@ def _mma_linear_kernel(  # type: ignore[no-untyped-def]
 
     # Without a mean to take away the norm's scale can wait until the end, unless x times its weight might overflow.
     SCALED_FIRST: gl.constexpr = norm_bias is not None or (norm_weight is not None and x.dtype.element_ty == gl.float16)
-    TOKENS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, B))
     squares = gl.zeros([num_warps, BLOCK_T], gl.float32, gl.SliceLayout(1, B))
     if SCALED_FIRST:
-        total = squares
-        for k in range(0, size, STEP):
-            value = _load_columns(inputs + k, k + columns_b, size, MASKED, "").to(gl.float32)
-            total += gl.sum(value, axis=1)
-            squares += gl.sum(value * value, axis=1)
-        variance = gl.sum(squares, axis=0) / size
-        if norm_bias is not None:
-            mean = gl.sum(total, axis=0) / size
-            variance = gl.maximum(variance - mean * mean, 0.0)
-            mean = gl.convert_layout(mean, TOKENS)[None, None, :]
-        scale = gl.convert_layout(gl.rsqrt(variance + eps), TOKENS)[None, None, :]
+        mean, scale = _statistics(inputs, columns_b, size, eps, norm_bias is not None, STEP, MASKED)
 
     acc = gl.zeros([num_warps, BLOCK_N, BLOCK_T], gl.float32, mma)
     for k in range(0, size, STEP):
