@@ -5,10 +5,20 @@ from __future__ import annotations
 import torch
 
 from weft_kernels.layout import BatchLayout
-from weft_kernels.ops import FLOAT8_MAX, Activation, Norm, Ops
+from weft_kernels.ops import FLOAT8_MAX, Activation, HeadTransform, Norm, Ops
 from weft_kernels.tables import RowTables, SamplingTable
 
-__all__ = ["FLOAT8_MAX", "Activation", "BatchLayout", "Norm", "Ops", "RowTables", "SamplingTable", "ops_for"]
+__all__ = [
+    "FLOAT8_MAX",
+    "Activation",
+    "BatchLayout",
+    "HeadTransform",
+    "Norm",
+    "Ops",
+    "RowTables",
+    "SamplingTable",
+    "ops_for",
+]
 
 
 def ops_for(device: torch.device) -> Ops:

@@ -31,6 +31,16 @@ class Norm:
     eps: float
 
 
+@dataclass(frozen=True, slots=True)
+class HeadTransform:
+    """What heads go through before attention: queries and keys an RMSNorm, as in Qwen3, and then the rotation."""
+
+    cos_sin: Tensor | None  # float32 [max_pos, D], cosines ‖ sines, rotating halves (NeoX style); None: no rotation
+    q_norm: Tensor | None = None  # [D], of each query head; None: no norm
+    k_norm: Tensor | None = None  # [D], of each key head
+    eps: float = 1e-6
+
+
 class Ops(Protocol):
     """What models and sampler call; see ``reference`` for the math of each."""
 
@@ -55,38 +65,19 @@ class Ops(Protocol):
         ``weight * weight_scale[:, None]``, float32 [N].
         """
 
-    def rope_and_write_kv(
+    def attention(
         self,
         qkv: Tensor,
         k_cache: Tensor,
         v_cache: Tensor,
         layout: BatchLayout,
-        cos_sin: Tensor | None,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        q_norm_weight: Tensor | None = None,
-        k_norm_weight: Tensor | None = None,
-        eps: float = 1e-6,
-    ) -> Tensor:
-        """Norm and rotate the queries and keys of q ‖ k ‖ v, write keys and values to their slots, return the queries.
-
-        ``qkv`` [T, (Hq + 2 Hkv) D] -> queries [T, Hq, D]. ``cos_sin`` float32 [max_pos, D] holds cosines in its first
-        half and sines in its second, rotating halves (NeoX style); None: no rotation. ``*_norm_weight`` [D] are the
-        per-head RMS norms of Qwen3, before the rotation; None: no norm.
-        """
-
-    def paged_attention(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        layout: BatchLayout,
         scale: float,
+        transform: HeadTransform,
         sliding_window: int = 0,
         alibi_slopes: Tensor | None = None,
     ) -> Tensor:
-        """Causal attention of every token over its own sequence: q [T, Hq, D] -> [T, Hq, D].
+        """Transform the queries and keys of q ‖ k ‖ v, write keys and values to their slots, and take the causal
+        attention of every token over its own sequence: ``qkv`` [T, (Hq + 2 Hkv) D] -> [T, Hq, D].
 
         ``k_cache``, ``v_cache`` [P, Hkv, page_size, D]. A row's queries stand at its last positions; one at position i
         sees keys 0 to i, or with ``sliding_window`` w > 0 only those above i - w. ``alibi_slopes`` float32 [Hq] adds

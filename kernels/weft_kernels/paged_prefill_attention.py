@@ -169,7 +169,7 @@ def paged_prefill_attention(
     """Write the attention of the prefill chunks, tokens from num_decode_rows on, into ``out``; padded rows that have
     tokens get zeros.
 
-    q, out [T, Hq, D]; k_cache, v_cache [P, Hkv, page_size, D], page_size a power of two. See ``Ops.paged_attention``.
+    q, out [T, Hq, D]; k_cache, v_cache [P, Hkv, page_size, D], page_size a power of two. See ``Ops.attention``.
     """
     _, num_heads, dim = q.shape
     _, num_kv_heads, page_size, _ = k_cache.shape

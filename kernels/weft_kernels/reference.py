@@ -8,7 +8,7 @@ from torch import Tensor
 
 from weft_kernels.layout import BatchLayout
 from weft_kernels.noise import gumbel
-from weft_kernels.ops import FLOAT8_MAX, Activation, Norm
+from weft_kernels.ops import FLOAT8_MAX, Activation, HeadTransform, Norm
 from weft_kernels.tables import LENGTH, NOT_FINITE, RUNNING, STOP, RowTables, SamplingTable
 
 GREEDY_BELOW = 1e-5
@@ -61,28 +61,34 @@ def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
 
-def rope_and_write_kv(
+def attention(
     qkv: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     layout: BatchLayout,
-    cos_sin: Tensor | None,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    q_norm_weight: Tensor | None = None,
-    k_norm_weight: Tensor | None = None,
-    eps: float = 1e-6,
+    scale: float,
+    transform: HeadTransform,
+    sliding_window: int = 0,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
+    q = rope_and_write_kv(qkv, k_cache, v_cache, layout, transform)
+    return paged_attention(q, k_cache, v_cache, layout, scale, sliding_window, alibi_slopes)
+
+
+def rope_and_write_kv(
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, layout: BatchLayout, transform: HeadTransform
+) -> Tensor:
+    """The queries [T, Hq, D], transformed; keys, transformed, and values go to their slots."""
+    num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     heads = qkv.view(qkv.shape[0], -1, head_dim)
-    q, k, v = heads.tensor_split((num_heads, num_heads + num_kv_heads), dim=1)
+    q, k, v = heads.tensor_split((-2 * num_kv_heads, -num_kv_heads), dim=1)
     q, k = _widen(q), _widen(k)
-    if q_norm_weight is not None:
-        q = normalize(q, Norm(q_norm_weight, None, eps))
-    if k_norm_weight is not None:
-        k = normalize(k, Norm(k_norm_weight, None, eps))
-    if cos_sin is not None:
-        angles = cos_sin[layout.positions]
+    if transform.q_norm is not None:
+        q = normalize(q, Norm(transform.q_norm, None, transform.eps))
+    if transform.k_norm is not None:
+        k = normalize(k, Norm(transform.k_norm, None, transform.eps))
+    if transform.cos_sin is not None:
+        angles = transform.cos_sin[layout.positions]
         q, k = _rotate(q, angles), _rotate(k, angles)
     _write(k_cache, k, layout.slots)
     _write(v_cache, v, layout.slots)
@@ -106,9 +112,10 @@ def paged_attention(
     v_cache: Tensor,
     layout: BatchLayout,
     scale: float,
-    sliding_window: int = 0,
-    alibi_slopes: Tensor | None = None,
+    sliding_window: int,
+    alibi_slopes: Tensor | None,
 ) -> Tensor:
+    """Attention of queries [T, Hq, D] over the pages of their rows."""
     out = torch.zeros_like(q)
     num_decode = int(layout.num_decode_rows)
     if num_decode:

@@ -1,4 +1,4 @@
-"""Per-head RMSNorm, rotary embedding and the write of keys and values to their pages, in one Triton kernel.
+"""Norm, rotation and the write of keys and values to their pages, of prefill chunks, in one Triton kernel.
 
 A program takes one token and BLOCK_HEADS of its Hq + 2 Hkv heads, each as two halves (x1 ‖ x2) of D / 2::
 
@@ -7,7 +7,7 @@ A program takes one token and BLOCK_HEADS of its Hq + 2 Hkv heads, each as two h
     queries -> q [T, Hq, D];  keys, values -> cache [P, Hkv, page_size, D] at slot = page * page_size + offset
 
 All in float32, rounded once at the end; what a float8 cache cannot hold saturates. A token with slot -1 writes no key
-and no value.
+and no value. The tokens of decode rows, which stand in front, are left to ``paged_decode_attention``.
 """
 
 from __future__ import annotations
@@ -19,19 +19,16 @@ from triton.language.extra.cuda import gdc_wait
 
 from weft_kernels.launch import can_overlap
 from weft_kernels.layout import BatchLayout
-from weft_kernels.ops import FLOAT8_MAX
-
-_FLOAT8_MAX = tl.constexpr(FLOAT8_MAX)
+from weft_kernels.ops import HeadTransform
+from weft_kernels.rotation import to_cache_type
 
 
 @triton.jit
 def _store_kv(cache: tl.tensor, at: tl.tensor, x: tl.tensor, mask: tl.tensor) -> None:
-    if cache.dtype.element_ty == tl.float8e4nv:
-        x = tl.clamp(x, -_FLOAT8_MAX, _FLOAT8_MAX, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(cache + at, x.to(cache.dtype.element_ty), mask=mask)
+    tl.store(cache + at, to_cache_type(x, cache.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots", "num_decode_rows"])
 def _rope_and_write_kv_kernel(
     qkv: tl.tensor,
     q_out: tl.tensor,
@@ -39,6 +36,7 @@ def _rope_and_write_kv_kernel(
     v_cache: tl.tensor,
     positions: tl.tensor,
     slots: tl.tensor,
+    num_decode_rows: tl.tensor,
     cos_sin: tl.tensor | None,
     q_norm_weight: tl.tensor | None,
     k_norm_weight: tl.tensor | None,
@@ -56,6 +54,7 @@ def _rope_and_write_kv_kernel(
     head = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
     column = tl.arange(0, BLOCK_HALF)[None, :]
     in_half = column < HALF
+    in_chunk = token >= tl.load(num_decode_rows)
     is_query = head < NUM_HEADS
     is_key = (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS)
     is_value = (head >= NUM_HEADS + NUM_KV_HEADS) & (head < NUM_HEADS + 2 * NUM_KV_HEADS)
@@ -85,9 +84,10 @@ def _rope_and_write_kv_kernel(
         left, right = left * cos - right * sin, right * cos + left * sin
 
     q_at = q_out + (token * NUM_HEADS + head) * DIM + column
-    tl.store(q_at, left.to(q_out.dtype.element_ty), mask=is_query & in_half)
-    tl.store(q_at + HALF, right.to(q_out.dtype.element_ty), mask=is_query & in_half)
-    if slot >= 0:
+    if in_chunk:
+        tl.store(q_at, left.to(q_out.dtype.element_ty), mask=is_query & in_half)
+        tl.store(q_at + HALF, right.to(q_out.dtype.element_ty), mask=is_query & in_half)
+    if in_chunk & (slot >= 0):
         kv_head = (head - NUM_HEADS) % NUM_KV_HEADS
         at = (((slot // PAGE_SIZE) * NUM_KV_HEADS + kv_head) * PAGE_SIZE + slot % PAGE_SIZE) * DIM + column
         _store_kv(k_cache, at, left, is_key & in_half)
@@ -97,25 +97,19 @@ def _rope_and_write_kv_kernel(
 
 
 def rope_and_write_kv(
-    qkv: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    layout: BatchLayout,
-    cos_sin: Tensor | None,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    q_norm_weight: Tensor | None = None,
-    k_norm_weight: Tensor | None = None,
-    eps: float = 1e-6,
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, layout: BatchLayout, transform: HeadTransform
 ) -> Tensor:
-    """qkv [T, (Hq + 2 Hkv) D] -> rotated queries [T, Hq, D]; keys and values go to the caches. See ``Ops``."""
-    num_tokens, num_all_heads = qkv.shape[0], num_heads + 2 * num_kv_heads
-    assert qkv.shape == (num_tokens, num_all_heads * head_dim)
+    """qkv [T, (Hq + 2 Hkv) D] -> transformed queries [T, Hq, D], those of decode rows undefined; keys and values go to
+    the caches. See ``Ops.attention``."""
+    _, num_kv_heads, page_size, head_dim = k_cache.shape
+    num_tokens, num_all_heads = qkv.shape[0], qkv.shape[1] // head_dim
+    num_heads = num_all_heads - 2 * num_kv_heads
+    cos_sin = transform.cos_sin
+    assert qkv.shape[1] == num_all_heads * head_dim
+    assert num_heads > 0
     assert qkv.is_contiguous()
     assert k_cache.shape == v_cache.shape
     assert k_cache.dtype == v_cache.dtype
-    assert k_cache.shape[1::2] == (num_kv_heads, head_dim)
     assert k_cache.is_contiguous()
     assert v_cache.is_contiguous()
     assert layout.slots.shape == layout.positions.shape == (num_tokens,)
@@ -134,14 +128,15 @@ def rope_and_write_kv(
             v_cache,
             layout.positions,
             layout.slots,
+            layout.num_decode_rows,
             cos_sin,
-            q_norm_weight,
-            k_norm_weight,
-            eps,
+            transform.q_norm,
+            transform.k_norm,
+            transform.eps,
             NUM_HEADS=num_heads,
             NUM_KV_HEADS=num_kv_heads,
             HALF=head_dim // 2,
-            PAGE_SIZE=k_cache.shape[2],
+            PAGE_SIZE=page_size,
             BLOCK_HEADS=block_heads,
             BLOCK_HALF=block_half,
             OVERLAP=overlap,

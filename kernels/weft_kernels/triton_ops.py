@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from weft_kernels.layout import BatchLayout
 from weft_kernels.linear import linear
 from weft_kernels.norm import normalize
+from weft_kernels.ops import HeadTransform
 from weft_kernels.paged_decode_attention import paged_decode_attention
 from weft_kernels.paged_prefill_attention import paged_prefill_attention
 from weft_kernels.reference import copy_pages
@@ -18,32 +18,34 @@ from weft_kernels.step_tables import advance, lay_out, update_pages
 
 __all__ = [
     "advance",
+    "attention",
     "copy_pages",
     "lay_out",
     "linear",
     "normalize",
-    "paged_attention",
-    "rope_and_write_kv",
     "sample",
     "start_rows",
     "update_pages",
 ]
 
 
-def paged_attention(
-    q: Tensor,
+def attention(
+    qkv: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     layout: BatchLayout,
     scale: float,
+    transform: HeadTransform,
     sliding_window: int = 0,
     alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """Decode rows through one kernel, prefill chunks through the other: q [T, Hq, D] -> [T, Hq, D]. See ``Ops``."""
-    out = torch.empty_like(q)
-    inputs = (q, k_cache, v_cache, layout, scale, sliding_window, alibi_slopes)
+    """One kernel for the decode rows; rotation and attention for the prefill chunks. See ``Ops.attention``."""
+    num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
+    out = qkv.new_empty((len(qkv), qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim))
+    caches = (k_cache, v_cache, layout)
     if layout.max_decode_rows:
-        paged_decode_attention(*inputs, out)
+        paged_decode_attention(qkv, *caches, scale, transform, sliding_window, alibi_slopes, out)
     if layout.max_chunks:
-        paged_prefill_attention(*inputs, out)
+        q = rope_and_write_kv(qkv, *caches, transform)
+        paged_prefill_attention(q, *caches, scale, sliding_window, alibi_slopes, out)
     return out

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from weft_kernels import BatchLayout, Norm, ops_for
+from weft_kernels import BatchLayout, HeadTransform, Norm, ops_for
 from weft_kernels.tables import RowTables, SamplingTable
 
 _REACH = 256 << 20  # bytes that rotating buffers take together; an H200's L2 cache has 60 MB
@@ -91,20 +91,15 @@ class Bench:
         self._ops = ops_for(device)
 
     def decode_attention(self) -> Iterator[Builder]:
-        """One token a row, from a cache in bfloat16 and one in FP8."""
+        """One token a row, its rotation and the write of its key and value inside; a cache in bfloat16, one in FP8."""
         for dtype in (_DTYPE, _FP8):
             for num_rows, seq_len in self._sizes.decode:
                 yield partial(self._attention, "decode_attention", num_rows, 1, seq_len, dtype)
 
     def prefill_attention(self) -> Iterator[Builder]:
-        """Chunks of prompts."""
+        """Chunks of prompts, with the rotation and the write of their keys and values."""
         for num_rows, query_len, seq_len in self._sizes.prefill:
             yield partial(self._attention, "prefill_attention", num_rows, query_len, seq_len, _DTYPE)
-
-    def rope_and_write_kv(self) -> Iterator[Builder]:
-        """Without the norms of heads, which only Qwen3 has."""
-        for num_tokens in self._sizes.tokens:
-            yield partial(self._rope, num_tokens)
 
     def normalize(self) -> Iterator[Builder]:
         """RMSNorm alone."""
@@ -137,35 +132,21 @@ class Bench:
         layout = self._layout(num_rows, query_len, seq_len)
         cache_shape = (layout.page_table.numel(), shape.kv_heads, _PAGE_SIZE, shape.head_dim)
         caches = _cycle(lambda: (self._randn(*cache_shape, dtype=dtype), self._randn(*cache_shape, dtype=dtype)))
-        q = self._randn(num_rows * query_len, shape.heads, shape.head_dim)
+        qkv = self._randn(num_rows * query_len, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
+        transform = HeadTransform(torch.randn(seq_len, shape.head_dim, device=self._device))
         num_pairs = num_rows * (query_len * (seq_len - query_len) + query_len * (query_len + 1) // 2)
         num_cached = 2 * num_rows * seq_len * shape.kv_heads * shape.head_dim
 
         def call() -> Tensor:
             k_cache, v_cache = caches()
-            return self._ops.paged_attention(q, k_cache, v_cache, layout, shape.head_dim**-0.5)
+            return self._ops.attention(qkv, k_cache, v_cache, layout, shape.head_dim**-0.5, transform)
 
         return Case(
             kernel,
             f"{shape.name} {num_rows} x {query_len} of {seq_len}{_suffix(dtype)}",
             call,
-            num_cached * dtype.itemsize + 2 * _bytes(q),
+            num_cached * dtype.itemsize + _bytes(qkv) + len(qkv) * shape.heads * shape.head_dim * _DTYPE.itemsize,
             4 * num_pairs * shape.heads * shape.head_dim,
-        )
-
-    def _rope(self, num_tokens: int) -> Case:
-        shape = self._shape
-        layout = self._layout(num_tokens, 1, 1)
-        qkv = self._randn(num_tokens, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
-        cache_shape = (num_tokens, shape.kv_heads, _PAGE_SIZE, shape.head_dim)
-        k_cache, v_cache = self._randn(*cache_shape), self._randn(*cache_shape)
-        cos_sin = torch.randn(16, shape.head_dim, device=self._device)
-        heads = (shape.heads, shape.kv_heads, shape.head_dim)
-        return Case(
-            "rope_and_write_kv",
-            f"{shape.name} {num_tokens} tokens",
-            lambda: self._ops.rope_and_write_kv(qkv, k_cache, v_cache, layout, cos_sin, *heads),
-            2 * _bytes(qkv),
         )
 
     def _norm(self, num_tokens: int) -> Case:
@@ -224,11 +205,12 @@ class Bench:
         """Rows alike in shuffled pages; decode rows if each has one token."""
         num_tokens, max_pages = num_rows * query_len, -(-seq_len // _PAGE_SIZE)
         page_table = torch.randperm(num_rows * max_pages, device=self._device).to(torch.int32).view(num_rows, max_pages)
-        offsets = torch.arange(num_tokens, device=self._device) % query_len
+        row = torch.arange(num_tokens, device=self._device) // query_len
+        positions = torch.arange(num_tokens, device=self._device) % query_len + seq_len - query_len
         num_decode_rows = num_rows if query_len == 1 else 0
         return BatchLayout(
-            positions=offsets + seq_len - query_len,
-            slots=torch.arange(num_tokens, device=self._device) // query_len * _PAGE_SIZE,
+            positions=positions,
+            slots=page_table[row, positions // _PAGE_SIZE].long() * _PAGE_SIZE + positions % _PAGE_SIZE,
             query_starts=self._arange(num_rows + 1) * query_len,
             seq_lens=torch.full((num_rows,), seq_len, dtype=torch.int32, device=self._device),
             rows=self._arange(num_rows),
@@ -274,7 +256,6 @@ KERNELS: dict[str, Callable[[Bench], Iterator[Builder]]] = {
     "decode_attention": Bench.decode_attention,
     "prefill_attention": Bench.prefill_attention,
     "linear": Bench.linear,
-    "rope_and_write_kv": Bench.rope_and_write_kv,
     "normalize": Bench.normalize,
     "sample": Bench.sample,
     "advance": Bench.advance,

@@ -25,7 +25,7 @@ def test_cases_run(kernel: str) -> None:
 def test_bytes_and_operations() -> None:
     decode, _ = (build() for build in cases([TINY], ["decode_attention"], FEW, torch.device("cpu")))
     assert decode.num_operations == 2 * 70 * 4 * 16 * 4
-    assert decode.num_bytes == 2 * (2 * 70 * 2 * 16) * 2 + 2 * (2 * 4 * 16) * 2
+    assert decode.num_bytes == 2 * (2 * 70 * 2 * 16) * 2 + (2 * 8 * 16) * 2 + (2 * 4 * 16) * 2
     qkv = next(iter(cases([TINY], ["linear"], FEW, torch.device("cpu"))))()
     assert qkv.num_operations == 2 * 3 * 32 * 128
     assert qkv.num_bytes == 2 * (32 * 128 + 3 * 32 + 3 * 128)

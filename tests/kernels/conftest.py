@@ -19,7 +19,8 @@ def device() -> torch.device:
 
 @dataclass
 class PagedBatch:
-    """Rows of (context, query) lengths with their keys and values, densely and in shuffled pages among NaN."""
+    """Rows of (context, query) lengths with their keys and values, densely, and those before the queries' in shuffled
+    pages among NaN."""
 
     layout: BatchLayout
     q: Tensor  # [T, Hq, D]
@@ -27,6 +28,18 @@ class PagedBatch:
     v_cache: Tensor
     keys: list[Tensor]  # of each row, [seq_len, Hkv, D]
     values: list[Tensor]
+
+    @property
+    def qkv(self) -> Tensor:
+        """[T, (Hq + 2 Hkv) D]: each query with the key and value of its position, NaN if it is padding."""
+        shape = (len(self.q), *self.k_cache.shape[1::2])
+        k, v = (torch.full(shape, float("nan"), dtype=self.q.dtype, device=self.q.device) for _ in range(2))
+        starts = self.layout.query_starts.tolist()
+        for row, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            if len(keys):
+                k[starts[row] : starts[row + 1]] = keys[starts[row] - starts[row + 1] :]
+                v[starts[row] : starts[row + 1]] = values[starts[row] - starts[row + 1] :]
+        return torch.cat((self.q, k, v), dim=1).flatten(1)
 
     def dense_attention(self, scale: float, window: int = 0, slopes: Tensor | None = None) -> Tensor:
         """Attention in float64 from the dense keys; zeros for padded rows."""
@@ -73,11 +86,11 @@ def make_paged_batch(
     shape = (num_pages, num_kv_heads, page_size, head_dim)
     k_cache, v_cache = torch.full(shape, float("nan")), torch.full(shape, float("nan"))
     keys, values = [], []
-    for row, seq_len in enumerate(seq_lens):
+    for row, (seq_len, query_len) in enumerate(rows):
         pages = [shuffled.pop() for _ in range(pages_of[row])]
         page_table[table_rows[row], : len(pages)] = torch.tensor(pages, dtype=torch.int32)
         k, v = (torch.randn(seq_len, num_kv_heads, head_dim, generator=generator).to(dtype) for _ in range(2))
-        for position in range(seq_len):
+        for position in range(seq_len - query_len):
             k_cache[pages[position // page_size], :, position % page_size] = k[position].float()
             v_cache[pages[position // page_size], :, position % page_size] = v[position].float()
         keys.append(k.to(device))

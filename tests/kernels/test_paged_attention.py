@@ -1,4 +1,4 @@
-"""Both attention kernels and their twin against dense float64 attention without pages."""
+"""Attention of decode rows and chunks, and its twin, against dense float64 attention without pages."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from weft_kernels import reference, triton_ops
+from weft_kernels import HeadTransform, reference, triton_ops
 
 ERROR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-ATTENTION = {"twin": reference.paged_attention, "triton": triton_ops.paged_attention}
+ATTENTION = {"twin": reference.attention, "triton": triton_ops.attention}
+PLAIN = HeadTransform(None)
 DECODE = [(1, 1), (37, 1), (0, 1), (130, 1), (64, 1)]
 PREFILL = [(19, 19), (0, 5), (70, 3), (90, 41), (33, 1)]
 MIXED = dict(rows=DECODE[:3] + PREFILL, num_decode_rows=3)
@@ -40,7 +41,7 @@ def skip_bfloat16_in_interpreter(name: str, dtype: torch.dtype, device: torch.de
 
 def run(name: str, batch: Any, window: int = 0, slopes: Tensor | None = None) -> Tensor:
     scale = batch.q.shape[2] ** -0.5
-    return ATTENTION[name](batch.q, batch.k_cache, batch.v_cache, batch.layout, scale, window, slopes)
+    return ATTENTION[name](batch.qkv, batch.k_cache, batch.v_cache, batch.layout, scale, PLAIN, window, slopes)
 
 
 def dense(batch: Any, window: int = 0, slopes: Tensor | None = None) -> Any:
@@ -154,12 +155,15 @@ def test_realistic_sizes(
 @pytest.mark.gpu
 def test_runs_in_a_cuda_graph(device: torch.device, paged_batch: Any, error: Any) -> None:
     batch = paged_batch(**SMALL | dict(dtype=torch.bfloat16, head_dim=64), max_seq_len=4096, device=device)
-    run("triton", batch)
+    qkv = batch.qkv
+    inputs = (qkv, batch.k_cache, batch.v_cache, batch.layout, batch.q.shape[2] ** -0.5, PLAIN)
+    triton_ops.attention(*inputs)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = run("triton", batch)
+        out = triton_ops.attention(*inputs)
     batch.q.copy_(torch.randn_like(batch.q))
+    qkv.copy_(batch.qkv)
     out.fill_(float("nan"))
     graph.replay()
     assert error(out, dense(batch)) < ERROR[torch.bfloat16]

@@ -1,4 +1,5 @@
-"""How the decode kernel shares its work out: over any number of programs, rows and empty rows, and again and again."""
+"""How the decode kernel shares its work out, over any number of programs, rows and empty rows, and again and again; and
+what it does to the newest tokens, against the twin."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from weft_kernels import reference
-from weft_kernels.paged_decode_attention import choose_num_programs, paged_decode_attention
+from weft_kernels import HeadTransform, reference
+from weft_kernels.paged_decode_attention import paged_decode_attention
+from weft_kernels.stretches import choose_num_programs
 
 ERROR = 2e-6
 ROWS = [(1, 1), (37, 1), (0, 1), (300, 1), (64, 1), (0, 1)]
@@ -17,7 +19,7 @@ SMALL = dict(num_decode_rows=6, num_heads=6, num_kv_heads=2, head_dim=16, page_s
 
 def decode(batch: Any, num_programs: int | None, window: int = 0, slopes: torch.Tensor | None = None) -> torch.Tensor:
     out = torch.full_like(batch.q, float("nan"))
-    inputs = (batch.q, batch.k_cache, batch.v_cache, batch.layout, 0.25, window, slopes)
+    inputs = (batch.qkv, batch.k_cache, batch.v_cache, batch.layout, 0.25, HeadTransform(None), window, slopes)
     paged_decode_attention(*inputs, out, num_programs)
     return out
 
@@ -32,6 +34,32 @@ def test_any_number_of_programs(
     out = decode(batch, num_programs, window, slopes)
     assert error(out, batch.dense_attention(0.25, window, slopes)) < ERROR
     assert torch.equal(decode(batch, num_programs, window, slopes), out), "counters are back at zero"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [(6, 2, 16, 16), (3, 3, 80, 32), (12, 1, 64, 64)], ids=str)
+@pytest.mark.parametrize(("rope", "norm"), [(True, True), (True, False), (False, True)])
+def test_newest_tokens(
+    dtype: torch.dtype, sizes: Any, rope: bool, norm: bool, device: torch.device, paged_batch: Any, error: Any
+) -> None:
+    num_heads, num_kv_heads, head_dim, page_size = sizes
+    batch = paged_batch(
+        ROWS, num_decode_rows=6, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        page_size=page_size, dtype=dtype, device=device,
+    )  # fmt: skip
+    q_norm, k_norm = (torch.rand(2, head_dim, device=device) + 0.5).to(dtype) if norm else (None, None)
+    transform = HeadTransform(torch.randn(300, head_dim, device=device) if rope else None, q_norm, k_norm)
+    k_cache, v_cache = batch.k_cache.clone(), batch.v_cache.clone()
+    expected = reference.attention(batch.qkv, k_cache, v_cache, batch.layout, 0.25, transform)
+    out = torch.full_like(batch.q, float("nan"))
+    paged_decode_attention(
+        batch.qkv, batch.k_cache, batch.v_cache, batch.layout, 0.25, transform, 0, None, out, num_programs=5
+    )
+    tolerance = ERROR if dtype == torch.float32 else 1e-3
+    assert error(out, expected) < tolerance
+    for written, wanted in ((batch.k_cache, k_cache), (batch.v_cache, v_cache)):
+        assert torch.equal(written.isnan(), wanted.isnan())
+        assert error(written.nan_to_num(), wanted.nan_to_num()) < tolerance
 
 
 def test_programs_fill_the_gpu() -> None:
@@ -67,7 +95,7 @@ def test_caches_of_float8(num_heads: int, device: torch.device, paged_batch: Any
     out, expected = decode(batch, 5), batch.dense_attention(0.25)
     assert error(out, expected) < 1e-3
     assert error(out, unrounded) > 1e-2
-    twin = reference.paged_attention(batch.q, batch.k_cache, batch.v_cache, batch.layout, 0.25)
+    twin = reference.attention(batch.qkv, batch.k_cache, batch.v_cache, batch.layout, 0.25, HeadTransform(None))
     assert error(twin, expected) < 1e-3
 
 

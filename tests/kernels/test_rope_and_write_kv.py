@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from weft_kernels import BatchLayout, reference, triton_ops
+from weft_kernels import BatchLayout, HeadTransform, reference
+from weft_kernels.rope_and_write_kv import rope_and_write_kv
 
 ERROR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
-OPS = {"twin": reference, "triton": triton_ops}
+OPS = {"twin": reference.rope_and_write_kv, "triton": rope_and_write_kv}
 EPS = 1e-5
 SHAPES = [
     (4, 2, 64, 16),
@@ -37,8 +38,9 @@ class Case:
     def run(self, name: str, rope: bool, norm: bool) -> Any:
         self.k_cache.fill_(float("nan"))
         self.v_cache.fill_(float("nan"))
-        arguments = (self.qkv, self.k_cache, self.v_cache, self.layout, self.cos_sin if rope else None, *self.sizes)
-        return OPS[name].rope_and_write_kv(*arguments, *(self.norms if norm else (None, None)), EPS)
+        q_norm, k_norm = self.norms if norm else (None, None)
+        transform = HeadTransform(self.cos_sin if rope else None, q_norm, k_norm, EPS)
+        return OPS[name](self.qkv, self.k_cache, self.v_cache, self.layout, transform)
 
     def dense(self, rope: bool, norm: bool) -> tuple[Tensor, Tensor, Tensor]:
         num_heads, num_kv_heads, head_dim = self.sizes
@@ -139,6 +141,16 @@ def test_caches_of_float8_saturate(name: str, device: torch.device) -> None:
     assert torch.equal(case.v_cache[0, :, 5].double(), values[0].clamp(-448, 448))
     assert torch.equal(case.k_cache[2, :, 8].double(), keys[3])
     assert int(case.k_cache.isnan().sum()) == case.k_cache.numel() - 4 * case.k_cache.shape[1] * case.k_cache.shape[3]
+
+
+def test_decode_rows_are_left_to_their_attention(device: torch.device, error: Any) -> None:
+    case = make_case(SHAPES[0], torch.float32, device, [5, 16, -1, 40, 0])
+    case.layout.num_decode_rows.fill_(2)
+    q = case.run("triton", True, True)
+    expected, _, _ = case.dense(True, True)
+    assert error(q[2:], expected[2:]) < ERROR[torch.float32]
+    written = ~case.k_cache.isnan().all(3).all(1).flatten()
+    assert written.nonzero().flatten().tolist() == [0, 40]
 
 
 @pytest.mark.gpu

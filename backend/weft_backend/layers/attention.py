@@ -9,7 +9,7 @@ from weft_backend.layers.norm import RMSNorm
 from weft_backend.layers.parallel import TensorParallel
 from weft_backend.layers.positions import alibi_slopes
 from weft_backend.model_config import ModelConfig
-from weft_kernels import BatchLayout, Ops
+from weft_kernels import BatchLayout, HeadTransform, Ops
 
 
 class Attention(nn.Module):
@@ -31,13 +31,13 @@ class Attention(nn.Module):
         super().__init__()
         self._ops = ops
         self._cos_sin = cos_sin
-        self._num_heads = tp.share(config.num_heads, "num_attention_heads")
-        self._num_kv_heads = tp.share(config.num_kv_heads, "num_key_value_heads")
+        num_heads = tp.share(config.num_heads, "num_attention_heads")
+        tp.share(config.num_kv_heads, "num_key_value_heads")  # refuses what does not divide
         self._head_dim = config.head_dim
         self._eps = config.norm_eps
         self._sliding_window = config.sliding_window or 0
-        first_head = tp.rank * self._num_heads
-        slopes = alibi_slopes(config.num_heads)[first_head : first_head + self._num_heads]
+        first_head = tp.rank * num_heads
+        slopes = alibi_slopes(config.num_heads)[first_head : first_head + num_heads]
         self._alibi_slopes = slopes if config.alibi else None
         self.qkv_proj = ColumnParallelLinear(
             config.hidden_size,
@@ -65,22 +65,20 @@ class Attention(nn.Module):
 
         This layer's ``kv_cache`` [2, P, Hkv, page, D] takes the tokens' keys and values.
         """
-        k_cache, v_cache = kv_cache[0], kv_cache[1]
-        q = self._ops.rope_and_write_kv(
+        attended = self._ops.attention(
             self.qkv_proj(x, norm),
-            k_cache,
-            v_cache,
+            kv_cache[0],
+            kv_cache[1],
             layout,
-            self._cos_sin,
-            self._num_heads,
-            self._num_kv_heads,
-            self._head_dim,
-            None if self.q_norm is None else self.q_norm.weight,
-            None if self.k_norm is None else self.k_norm.weight,
-            self._eps,
-        )
-        attended = self._ops.paged_attention(
-            q, k_cache, v_cache, layout, self._head_dim**-0.5, self._sliding_window, self._alibi_slopes
+            self._head_dim**-0.5,
+            HeadTransform(
+                self._cos_sin,
+                None if self.q_norm is None else self.q_norm.weight,
+                None if self.k_norm is None else self.k_norm.weight,
+                self._eps,
+            ),
+            self._sliding_window,
+            self._alibi_slopes,
         )
         out: Tensor = self.o_proj(attended.flatten(1), x)
         return out
