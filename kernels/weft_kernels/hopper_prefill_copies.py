@@ -223,9 +223,7 @@ def produce(
                 _copy_tile(descs[2], at, rings[2], step, CUT)
                 step += 1
         num_taken = gl.atomic_add(counter, 1)
-        if (
-            num_taken == num_items - 1
-        ):  # every tile taken counts once: this is the last, and the next launch starts anew
+        if num_taken == num_items - 1:  # a tile counts once: this was the last, and the next launch starts anew
             gl.store(counter, 0)
         item = gl.num_programs(0) + num_taken
     _hand_out(-1, rings[0], turn)
