@@ -61,6 +61,22 @@ def mixed_sizes(max_num_batched_tokens: int) -> list[int]:
     return [size for size in sizes if size < max_num_batched_tokens] + [max_num_batched_tokens]
 
 
+def decode_shape(num_rows: int) -> StepShape:
+    """Of the graph of so many decode rows."""
+    return StepShape(num_rows, num_rows, num_rows, 0, 0)
+
+
+def mixed_shape(num_tokens: int, max_num_seqs: int) -> StepShape:
+    """Of the graph of so many tokens of any rows."""
+    return StepShape(num_tokens, max_num_seqs, min(max_num_seqs, num_tokens), min(max_num_seqs, MAX_CHUNKS), num_tokens)
+
+
+def graph_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> list[StepShape]:
+    """Of all forward graphs, the largest first."""
+    mixed = [mixed_shape(size, max_num_seqs) for size in reversed(mixed_sizes(max_num_batched_tokens))]
+    return mixed + [decode_shape(size) for size in reversed(decode_sizes(max_num_seqs))]
+
+
 class StepGraphs:
     """Captures steps on construction; the functions must neither wait for the device nor upload anything."""
 
@@ -69,19 +85,18 @@ class StepGraphs:
         self._mixed_sizes = mixed_sizes(max_num_batched_tokens)
         self._max_num_seqs = max_num_seqs
         pool = torch.cuda.graph_pool_handle()
-        shapes = [self._mixed_shape(size) for size in self._mixed_sizes]
-        shapes += [_decode_shape(size) for size in self._decode_sizes]
         # The largest first: the others then fit into its memory.
-        self._forwards = {shape: _capture(partial(forward, shape), pool) for shape in reversed(shapes)}
+        shapes = graph_shapes(max_num_seqs, max_num_batched_tokens)
+        self._forwards = {shape: _capture(partial(forward, shape), pool) for shape in shapes}
         self._samples = {size: _capture(partial(sample, size), pool) for size in reversed(self._decode_sizes)}
 
     def forward(self, plan: StepPlan) -> Tensor:
         """Replay the forward pass; returns hidden states of at least its tokens."""
         num_tokens = plan.num_tokens
         if num_tokens == plan.num_decode_rows:
-            shape = _decode_shape(_at_least(num_tokens, self._decode_sizes))
+            shape = decode_shape(_at_least(num_tokens, self._decode_sizes))
         else:
-            shape = self._mixed_shape(_at_least(num_tokens, self._mixed_sizes))
+            shape = mixed_shape(_at_least(num_tokens, self._mixed_sizes), self._max_num_seqs)
         graph, hidden = self._forwards[shape]
         graph.replay()
         return hidden
@@ -91,14 +106,6 @@ class StepGraphs:
         graph, results = self._samples[_at_least(num_samples, self._decode_sizes)]
         graph.replay()
         return results
-
-    def _mixed_shape(self, num_tokens: int) -> StepShape:
-        num_rows = self._max_num_seqs
-        return StepShape(num_tokens, num_rows, min(num_rows, num_tokens), min(num_rows, MAX_CHUNKS), num_tokens)
-
-
-def _decode_shape(num_rows: int) -> StepShape:
-    return StepShape(num_rows, num_rows, num_rows, 0, 0)
 
 
 def _at_least(number: int, sizes: list[int]) -> int:

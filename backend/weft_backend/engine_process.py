@@ -17,8 +17,7 @@ from weft_backend.layers import TensorParallel
 from weft_backend.model_card import describe_defaults, make_card
 from weft_backend.model_config import ModelConfig, load_model_config
 from weft_backend.model_runner import ModelRunner
-from weft_backend.models import load_model
-from weft_backend.rank import follow, make_runner, meet_followers, plan_memory, resolve_device, use_device
+from weft_backend.rank import follow, load_rank, make_runner, meet_followers, plan_memory, resolve_device, use_device
 from weft_backend.ranks import Followers, LeadRunner
 from weft_backend.scheduler import Scheduler
 from weft_backend.stages import Stage
@@ -72,10 +71,10 @@ def _load_runner(
     config: EngineConfig, path: Path, model_config: ModelConfig, device: torch.device, tp: TensorParallel
 ) -> ModelRunner:
     with Stage("weights") as stage:
-        seed = config.seed or 0
-        model = load_model(model_config, path, device=device, load_format=config.load_format, seed=seed, tp=tp)
+        model = load_rank(config, path, model_config, device, tp)
         quantized = f" quantized to {config.quantization}" if config.quantization else ""
-        stage.detail = f"{config.load_format}, {model_config.dtype}{quantized} on {device}"
+        kernels = "; kernels compiled" if device.type == "cuda" else ""
+        stage.detail = f"{config.load_format}, {model_config.dtype}{quantized} on {device}{kernels}"
     with Stage("pages") as stage:
         runner = make_runner(config, model_config, model, device, tp)
         num_tokens = runner.num_pages * config.block_size

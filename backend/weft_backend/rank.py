@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 import os
 import socket
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from weft_backend.model_config import ModelConfig
 from weft_backend.model_runner import ModelRunner
 from weft_backend.models import Model, build_model, load_model
 from weft_backend.ranks import Followers, led_plans
+from weft_backend.rehearsal import rehearse
 from weft_backend.stages import Stage
 
 _GIB = 1 << 30
@@ -132,6 +135,24 @@ def page_shape(config: EngineConfig, model: ModelConfig) -> PageShape:
     return PageShape(model.num_layers, num_kv_heads, config.block_size, model.head_dim, dtype)
 
 
+def load_rank(
+    config: EngineConfig, path: Path, model_config: ModelConfig, device: torch.device, tp: TensorParallel
+) -> Model:
+    """The rank's share of the model in ``path``. Meanwhile a GPU's kernels are compiled."""
+    with _compiling(config, model_config, device, tp) if device.type == "cuda" else nullcontext():
+        seed = config.seed or 0
+        return load_model(model_config, path, device=device, load_format=config.load_format, seed=seed, tp=tp)
+
+
+def _compiling(
+    config: EngineConfig, model_config: ModelConfig, device: torch.device, tp: TensorParallel
+) -> AbstractContextManager[None]:
+    from weft_kernels.compilation import compiling  # takes Triton
+
+    sizes = (config.max_num_seqs, config.max_num_batched_tokens)
+    return compiling(partial(rehearse, model_config, page_shape(config, model_config), device, tp, *sizes), device)
+
+
 def make_runner(
     config: EngineConfig, model_config: ModelConfig, model: Model, device: torch.device, tp: TensorParallel
 ) -> ModelRunner:
@@ -159,8 +180,7 @@ def follow(config: EngineConfig, rank: int, leader: Connection) -> None:
     use_device(device, size)  # the GPU makes itself ready while rank 0 reads files
     path, model_config, port = leader.recv()
     tp = _join(rank, size, device, TCPStore(_LOOPBACK, port))
-    seed = config.seed or 0
-    model = load_model(model_config, path, device=device, load_format=config.load_format, seed=seed, tp=tp)
+    model = load_rank(config, path, model_config, device, tp)
     runner = make_runner(config, model_config, model, device, tp)
     gc.collect()
     gc.freeze()  # see engine_host.serve

@@ -1,0 +1,68 @@
+"""Compiling kernels side by side: left to itself, Triton compiles each where it is first launched, which waits for it.
+
+Most of a compilation, the passes of MLIR and LLVM, the assembler and the C compiler, runs without Python's lock, so
+threads suffice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from threading import Event
+from typing import Any
+
+import torch
+from triton.runtime._async_compile import AsyncCompileMode
+from triton.runtime.jit import JITFunction
+
+
+@contextmanager
+def compiling(rehearse: Callable[[], None], device: torch.device) -> Iterator[None]:
+    """Compile whatever ``rehearse`` launches, and load it on ``device``, while the block runs; that waits for the end.
+
+    A launch by ``rehearse`` runs nothing. A kernel that does not compile is left to fail where it is launched.
+    """
+    with _Threads(device) as threads, AsyncCompileMode(threads, ignore_errors=True):
+        try:
+            with _launches_only_compile():
+                rehearse()
+        finally:
+            threads.begun.set()
+        yield
+
+
+class _Threads(ThreadPoolExecutor):
+    """Threads that compile, once they have ``begun``: before, they would take Python's lock from the rehearsal."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.begun = Event()
+        super().__init__(initializer=self._begin, initargs=(device,))
+
+    def _begin(self, device: torch.device) -> None:
+        self.begun.wait()
+        torch.cuda.set_device(device)
+
+    def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:  # type: ignore[override]
+        return super().submit(_compile_and_load, compile_kernel)
+
+
+def _compile_and_load(compile_kernel: Callable[[], Any]) -> Any:
+    kernel = compile_kernel()
+    kernel.run  # noqa: B018  # loads the kernel, and compiles the C function that launches it
+    return kernel
+
+
+@contextmanager
+def _launches_only_compile() -> Iterator[None]:
+    launch = JITFunction.__getitem__
+
+    def compile_only(kernel: JITFunction, grid: Any) -> Any:
+        return partial(kernel.warmup, grid=grid)
+
+    JITFunction.__getitem__ = compile_only
+    try:
+        yield
+    finally:
+        JITFunction.__getitem__ = launch
