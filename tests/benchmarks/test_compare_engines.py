@@ -88,6 +88,7 @@ def test_medians_of_turns_that_may_have_failed() -> None:
     [
         ("", {}),
         ("--enforce-eager --tensor-parallel-size 2", {"enforce_eager": True, "tensor_parallel_size": 2}),
+        ("--batches 1,8,64 --top-p 0.9", {"batches": "1,8,64", "top_p": 0.9}),
         ("--quantization fp8 --kv-cache-dtype fp8", {"quantization": "fp8", "kv_cache_dtype": "fp8"}),
     ],
 )

@@ -71,8 +71,15 @@ def keywords(arguments: Sequence[str]) -> dict[str, Any]:
             name = argument[2:].replace("-", "_")
             found[name] = True
         else:
-            found[name] = json.loads(argument) if argument[0].isdigit() else argument
+            found[name] = _value(argument)
     return found
+
+
+def _value(argument: str) -> Any:
+    try:
+        return json.loads(argument)  # a number
+    except json.JSONDecodeError:
+        return argument
 
 
 @click.command(context_settings=FORWARDING)
