@@ -88,6 +88,11 @@ def test_the_input_is_never_the_output(server: EchoServer, tmp_path: Path) -> No
     assert file.read_text() == json.dumps(request(1)) + "\n"
 
 
+def test_the_address_may_be_that_of_an_sdk(server: EchoServer, tmp_path: Path) -> None:
+    results, _ = run(server, tmp_path, [json.dumps(request(1))], "--base-url", f"{server.url}/v1/")
+    assert results[0]["response"]["body"]["choices"][0]["text"] == "p1"
+
+
 def test_answers_are_in_the_order_of_the_requests(server: EchoServer, tmp_path: Path) -> None:
     lines = [json.dumps(request(i)) for i in range(50)]
     results, output = run(server, tmp_path, [*lines, "  "], "--concurrency", "3", "--api-key", "k")

@@ -36,7 +36,7 @@ class BatchRunner:
     """Sends lines to a service; each thread keeps its own connection."""
 
     def __init__(self, base_url: str, api_key: str | None) -> None:
-        self._url = urlsplit(base_url)
+        self._url = urlsplit(base_url.rstrip("/").removesuffix("/v1"))  # as SDKs take it; lines' urls have it, too
         self._headers = {"Content-Type": "application/json"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
