@@ -47,7 +47,7 @@ def linear(
             wide_tile = wgmma_tile(num_tokens, num_outputs, size, activation, num_sms(x.device))
             if wide_tile is not None:
                 return wgmma_linear(x, weight, bias, residual, activation, wide_tile)
-            if activation == "silu_and_mul" and suits_tiles(num_tokens, num_outputs // 2, num_sms(x.device)):
+            if activation == "silu_and_mul" and suits_tiles(num_tokens, num_outputs // 2, size, num_sms(x.device)):
                 y = silu_matmul(x, weight)
                 return y if residual is None else residual.add_(y)
         if residual is not None and bias is None and activation is None:

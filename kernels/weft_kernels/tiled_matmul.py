@@ -145,16 +145,17 @@ def _silu_matmul_kernel(
     )
 
 
-def suits_tiles(num_tokens: int, size: int, num_sms: int) -> bool:
-    """Whether ``silu_matmul`` beats cuBLAS and ``silu_and_mul``: where tiles leave little of the GPU idle.
+def suits_tiles(num_tokens: int, size: int, num_columns: int, num_sms: int) -> bool:
+    """Whether ``silu_matmul`` takes these sizes and beats cuBLAS and ``silu_and_mul``: where tiles leave little of the
+    GPU idle.
 
     H200, us, beside cuBLAS and ``silu_and_mul``: for K 4,096 and I 14,336 112 (120) for 256 tokens, 174 (190) for 512,
     308 (328) for 1,024, 2,782 (2,901) for 8,192; for K 1,024 and I 3,072 9.6 (9.7), 14.7 (15.3), 20.1 (23.9), 137
     (177). A third is left idle by 704 tokens of the latter, 20.2 (20.9).
     """
     rounds = triton.cdiv(triton.cdiv(num_tokens, BLOCK_M.value) * triton.cdiv(size, BLOCK_N.value), num_sms)
-    used: float = num_tokens * size / (rounds * num_sms * BLOCK_M.value * BLOCK_N.value)
-    return used >= 0.66
+    room = rounds * num_sms * BLOCK_M.value * BLOCK_N.value
+    return size % 8 == 0 and num_columns % 8 == 0 and num_tokens * size > 0.66 * room
 
 
 def silu_matmul(x: Tensor, weight: Tensor) -> Tensor:
