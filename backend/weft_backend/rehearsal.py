@@ -58,7 +58,8 @@ class _Rehearsal(ModelRunner):
             self._forward(shape)
         for num_samples in decode_sizes(self._max_num_seqs):
             self._sample(num_samples)
-        self.launch(largest_step(self._max_num_seqs, self._max_num_seqs, self.max_model_len))  # a token a row will do
+        num_tokens = self._max_num_seqs  # one a row will do
+        self.launch(largest_step(self._max_num_seqs, num_tokens, self._state.max_model_len))
 
 
 def _zeroed(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:

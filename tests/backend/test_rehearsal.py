@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,13 @@ def test_every_graph_and_the_largest_step_are_gone_through(
     num_mixed = sum(shape.max_chunks > 0 for shape in shapes)
     assert launches["_rope_and_write_kv_kernel"] == launches["_prefill_kernel"] == num_mixed + 1
     assert launches["_decide_kernel"] == launches["_advance_kernel"] == len(decode_sizes(MAX_NUM_SEQS)) + 1
+
+
+def test_pages_may_hold_one_token(launches: Counter[str], tmp_path: Path) -> None:
+    config = load_model_config(make_checkpoint("qwen3", tmp_path / "tiny", tokenizer=False), dtype="bfloat16")
+    shape = replace(page_shape(config), page_size=1)
+    rehearse(config, shape, torch.device("cpu"), SINGLE, MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS)
+    assert launches["_advance_kernel"] == len(decode_sizes(MAX_NUM_SEQS)) + 1
 
 
 @pytest.mark.gpu
