@@ -31,7 +31,7 @@ from weft_kernels.ops import Activation
 
 
 class WgmmaTile(NamedTuple):
-    """Outputs of a program (64, 128 or 256, but 64 for silu_and_mul), columns of K a step, which K is a multiple of,
+    """Rows of weights of a program (64 or 128, and 128 for silu_and_mul), columns of K a step, which K is a multiple of,
     stretches of K (1, 2, 4 or 8, and 1 for silu_and_mul), and steps in shared memory at a time."""
 
     block_n: int
@@ -218,7 +218,7 @@ def wgmma_linear(
         BLOCK_K=tile.block_k,
         NUM_SPLITS=tile.num_splits,
         NUM_STAGES=tile.num_stages,
-        num_warps=8 if tile.block_n == 256 else 4,
+        num_warps=4,
         launch_pdl=True,
     )
     return out
