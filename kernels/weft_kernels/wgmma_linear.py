@@ -31,8 +31,8 @@ from weft_kernels.ops import Activation
 
 
 class WgmmaTile(NamedTuple):
-    """Rows of weights of a program (64 or 128, and 128 for silu_and_mul), columns of K a step, which K is a multiple of,
-    stretches of K (1, 2, 4 or 8, and 1 for silu_and_mul), and steps in shared memory at a time."""
+    """Rows of weights of a program (64 or 128, and 128 for silu_and_mul), columns of K a step, of which K is a
+    multiple, stretches of K (1, 2, 4 or 8, and 1 for silu_and_mul), and steps in shared memory at a time."""
 
     block_n: int
     block_k: int
