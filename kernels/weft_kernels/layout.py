@@ -12,8 +12,9 @@ class BatchLayout:
     """``T`` tokens of ``B`` rows, decode rows (one token each) first, then prefill chunks, then padding.
 
     Each row's tokens are contiguous. A padded row has ``seq_lens`` 0. A padded token, of such a row or after all rows,
-    has slot -1. Kernels write nothing for either and may return anything in its place. How many of the rows decode is
-    known on the device alone, so that one CUDA graph serves every mix; the host knows bounds, for grids.
+    has slot -1. Kernels write nothing for either to the caches, and unless they say what, may return anything in a
+    padded token's place. How many of the rows decode is known on the device alone, so that one CUDA graph serves every
+    mix; the host knows bounds, for grids.
     """
 
     positions: Tensor  # int64 [T] position of each token in its sequence

@@ -81,7 +81,7 @@ class Ops(Protocol):
 
         ``k_cache``, ``v_cache`` [P, Hkv, page_size, D]. A row's queries stand at its last positions; one at position i
         sees keys 0 to i, or with ``sliding_window`` w > 0 only those above i - w. ``alibi_slopes`` float32 [Hq] adds
-        slope * (key position - query position) to the scaled scores. Padded rows give zeros.
+        slope * (key position - query position) to the scaled scores. Padded decode rows give zeros.
         """
 
     def sample(self, logits: Tensor, rows: Tensor, positions: Tensor, table: SamplingTable) -> tuple[Tensor, Tensor]:
