@@ -33,6 +33,8 @@ class FrontendConfig:
             raise ValueError("both protocols are off: give --port or --grpc-port")
         if self.workers < 1:
             raise ValueError(f"--workers must be at least 1, not {self.workers}")
+        if self.max_request_bytes < 1:
+            raise ValueError(f"--max-body-bytes must be at least 1, not {self.max_request_bytes}")
         if self.workers > 1 and (self.grpc_listen or "").startswith("unix:"):
             raise ValueError("a Unix socket cannot be shared: give --workers 1")
 

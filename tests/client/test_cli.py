@@ -172,3 +172,12 @@ def test_a_file_that_cannot_be_written_is_one_line(target: str, tmp_path: Any) -
     result = run("bench", "serve", "--target", target, *sizes, "--json", str(tmp_path / "none/x.json"))
     assert result.exit_code == 1
     assert "Error: [Errno 2] No such file or directory" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--max-tokens", "-1"), ("--max-tokens", "99999999999"), ("--seed", str(1 << 63)), ("--top-k", "3e9")]
+)
+def test_numbers_out_of_range_are_refused_by_name(arguments: tuple[str, str]) -> None:
+    result = CliRunner().invoke(main, ["complete", "Hi", *arguments])
+    assert result.exit_code == 2
+    assert f"Invalid value for '{arguments[0]}'" in result.output

@@ -23,6 +23,7 @@ from waiting import until
 from weft.inference.v1 import inference_pb2 as pb
 from weft.inference.v1 import inference_pb2_grpc
 from weft.testing import FakeBackend
+from weft_frontend.config import FrontendConfig
 
 COMPLETION = {"prompt": "Hello", "max_tokens": 5}
 
@@ -216,3 +217,8 @@ async def test_a_connection_that_was_open_is_answered_during_the_drain(fake: Fak
         writer.write(request("POST", "/v1/completions", json.dumps(COMPLETION).encode()))
         assert (await read_answer(reader)).status == 200
         writer.close()
+
+
+def test_bodies_of_no_bytes_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="--max-body-bytes must be at least 1, not -1"):
+        FrontendConfig(backends=("unix:/none",), max_request_bytes=-1)

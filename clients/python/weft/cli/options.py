@@ -15,6 +15,8 @@ Command = Callable[..., Any]
 
 COUNT = click.IntRange(min=1)
 PORT = click.IntRange(0, 65535)
+INT32, INT64 = (click.IntRange(-(1 << bits), (1 << bits) - 1) for bits in (31, 63))
+UINT32 = click.IntRange(0, (1 << 32) - 1)
 
 # For commands that hand what they do not know to ``weft backend``.
 FORWARDING: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
@@ -61,11 +63,11 @@ def sampling_options(command: Command) -> Command:
     """How to generate; ``sampling_params`` reads them. What is not given is the model's default."""
     for option in (
         click.option("--stop", multiple=True, help="String that ends the answer; repeatable."),
-        click.option("--seed", type=int, help="The same seed gives the same answer."),
-        click.option("--top-k", type=int, help="Keep the k likeliest tokens."),
+        click.option("--seed", type=INT64, help="The same seed gives the same answer."),
+        click.option("--top-k", type=INT32, help="Keep the k likeliest tokens."),
         click.option("--top-p", type=float, help="Keep the likeliest tokens up to this probability."),
         click.option("--temperature", type=float, help="0 is greedy."),
-        click.option("--max-tokens", type=int, help="Tokens to generate at most."),
+        click.option("--max-tokens", type=UINT32, help="Tokens to generate at most."),
     ):
         command = option(command)
     return command
