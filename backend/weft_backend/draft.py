@@ -38,10 +38,11 @@ class Draft:
     """A plan in the making."""
 
     step: int
-    budget: int
+    budget: int  # tokens that still fit
     rows: IndexArray = field(init=False)  # that decode
     positions: Int32Array = field(init=False)  # of their tokens computed now
     chunks: list[Chunk] = field(default_factory=list)
+    num_chunks_left: int = MAX_CHUNKS  # that still fit, of those that are not as a row that decodes
     new_rows: list[Sequence] = field(default_factory=list)
     page_updates: list[tuple[int, int, int]] = field(default_factory=list)
     swap_in: list[PageMove] = field(default_factory=list)
@@ -51,7 +52,13 @@ class Draft:
     @property
     def has_room(self) -> bool:
         """Whether another prefill chunk fits."""
-        return self.budget > 0 and sum(not chunk.is_decode for chunk in self.chunks) < MAX_CHUNKS
+        return self.budget > 0 and self.num_chunks_left > 0
+
+    def add(self, chunk: Chunk) -> None:
+        """Take tokens of a sequence into the step."""
+        self.chunks.append(chunk)
+        self.budget -= chunk.num_tokens
+        self.num_chunks_left -= not chunk.is_decode
 
     def num_computed_before(self, sequence: Sequence) -> int:
         """The sequence's tokens, up to those with which it took its row, that earlier plans compute."""

@@ -15,7 +15,6 @@ import time
 from bisect import insort
 from dataclasses import dataclass
 from itertools import count
-from typing import TypeVar
 
 import numpy as np
 
@@ -36,7 +35,6 @@ from weft_backend.step import (
 )
 from weft_backend.waiting_queue import WaitingQueue
 
-_T = TypeVar("_T", bound=np.generic)
 _NAN = int(FinishCode.NAN)  # comparing an array with an IntEnum costs 2 µs more
 
 
@@ -193,9 +191,8 @@ class Scheduler:
             return False
         start = sequence.num_computed_tokens
         end = sequence.num_computed_tokens = start + num_tokens
-        draft.budget -= num_tokens
         is_last = end == len(sequence.token_ids)
-        draft.chunks.append(Chunk(sequence, start, num_tokens, is_last and sequence.samples))
+        draft.add(Chunk(sequence, start, num_tokens, is_last and sequence.samples))
         if is_last and sequence.samples:
             self.rows.start_decoding(sequence.row)
         request = sequence.request

@@ -100,9 +100,11 @@ class EngineSession:
 
     async def _read(self) -> pb.SessionResponse:
         try:
-            frame: pb.SessionResponse = await self._stream.read()
+            frame = await self._stream.read()
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
+        if not isinstance(frame, pb.SessionResponse):
+            raise WeftError("the backend has ended the session")
         return frame
 
     async def _write(self, *frames: pb.SessionRequest) -> None:
