@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -14,12 +15,13 @@ from weft.errors import WeftError
 
 
 class Leaving(EngineServiceServicer):
-    """A backend that ends a session at once, and calls it a success."""
+    """A backend that ends a session after the first message, and calls it a success."""
 
     def GetModel(self, request: object, context: object) -> pb.GetModelResponse:
         return pb.GetModelResponse()
 
-    def Session(self, requests: object, context: object) -> object:
+    def Session(self, requests: Iterator[pb.SessionRequest], context: object) -> Iterator[pb.SessionResponse]:
+        next(requests)
         return iter(())
 
 
