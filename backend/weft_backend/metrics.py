@@ -69,4 +69,4 @@ def serve_metrics(address: tuple[str, int], link: EngineLink, sessions: Sessions
     try:
         start_http_server(port, host, registry)
     except OSError as error:
-        raise StartupError(f"cannot serve metrics on {host}:{port}: {error.strerror} (--metrics-port)") from error
+        raise StartupError(f"--metrics-port {port}: cannot serve metrics on {host}:{port}: {error.strerror}") from error

@@ -246,7 +246,7 @@ def _resolve_dtype(fields: Fields, dtype: str) -> str:
     name = "dtype" if fields.has("dtype") else "torch_dtype"
     resolved = fields.text(name, "float32") if dtype == "auto" else dtype
     if resolved not in DTYPES:
-        field = name if dtype == "auto" else "dtype"
+        field = name if dtype == "auto" else "--dtype"
         raise ConfigError(field, f"{resolved!r} is not supported; --dtype takes auto, {', '.join(DTYPES)}")
     return resolved
 
@@ -255,7 +255,7 @@ def _resolve_max_model_len(own: int, override: int | None) -> int:
     if override is None:
         return own
     if not 1 <= override <= own:
-        raise ConfigError("max_model_len", f"{override} is not between 1 and the model's own {own} (--max-model-len)")
+        raise ConfigError("--max-model-len", f"{override} is not between 1 and the model's own {own}")
     return override
 
 

@@ -127,7 +127,7 @@ def _bind(server: grpc.aio.Server, address: str) -> int:
     try:
         return server.add_insecure_port(address)
     except RuntimeError as error:
-        raise StartupError(f"cannot listen on {address}, which may be in use (--host, --port, --listen)") from error
+        raise StartupError(f"--host, --port or --listen: cannot listen on {address}, which may be in use") from error
 
 
 async def serve(config: BackendConfig, engine_module: str = ENGINE_MODULE) -> None:

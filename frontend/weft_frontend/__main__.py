@@ -14,6 +14,7 @@ from pathlib import Path  # noqa: E402
 import click  # noqa: E402
 
 from weft_frontend.config import FrontendConfig, parse_served_model_names  # noqa: E402
+from weft_frontend.ports import check_free  # noqa: E402
 from weft_frontend.workers import run_worker, run_workers  # noqa: E402
 
 _PORT = click.IntRange(0, 65535)
@@ -73,6 +74,8 @@ def main(
             api_keys=frozenset(api_keys),
             drain_timeout=drain_timeout,
         )
+        for address in config.ports:
+            check_free(*address)
         (run_worker if config.workers == 1 else run_workers)(config, lambda models: _print_ready(config, models))
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"weft frontend: {error}")

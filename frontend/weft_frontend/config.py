@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,10 @@ class FrontendConfig:
             raise ValueError("a frontend needs at least one backend: --backend HOST:PORT")
         if self.http_port is None and self.grpc_address is None:
             raise ValueError("both protocols are off: give --port or --grpc-port")
+        if not re.fullmatch(r"unix:.+|.+:\d+", self.grpc_listen or "unix:/unused"):
+            raise ValueError(f"--grpc-listen takes HOST:PORT or unix:/PATH, not {self.grpc_listen!r}")
+        if len(set(self.ports)) < len(self.ports):
+            raise ValueError(f"--port and --grpc-port are both {self.http_port}")
         if self.workers < 1:
             raise ValueError(f"--workers must be at least 1, not {self.workers}")
         if self.max_request_bytes < 1:
@@ -47,6 +52,13 @@ class FrontendConfig:
     def grpc_address(self) -> str | None:
         """Where gRPC listens; None: nowhere."""
         return self.grpc_listen or _address(self.host, self.grpc_port)
+
+    @property
+    def ports(self) -> list[tuple[str, int]]:
+        """(host, port) of each TCP address."""
+        addresses = [address for address in (self.http_address, self.grpc_address) if address is not None]
+        pairs = [address.rpartition(":") for address in addresses if not address.startswith("unix:")]
+        return [(host.strip("[]"), int(port)) for host, _, port in pairs]
 
 
 def _address(host: str, port: int | None) -> str | None:

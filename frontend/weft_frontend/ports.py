@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 
 BACKLOG = 2048
@@ -14,25 +15,29 @@ def listener(host: str, port: int, shared: bool) -> socket.socket:
     return bound
 
 
-def reserve(host: str, port: int) -> socket.socket:
-    """Hold a port for the workers: it takes no connections itself. Raises OSError if anyone else has the port,
-    which sharing would hide."""
+def check_free(host: str, port: int) -> None:
+    """Raise OSError if anyone has the port: sharing would hide it, and gRPC says it in many words."""
     _bound(host, port, shared=False).close()
+
+
+def reserve(host: str, port: int) -> socket.socket:
+    """Hold a port for the workers: it takes no connections itself. Raises OSError."""
     return _bound(host, port, shared=True)
 
 
 def _bound(host: str, port: int, shared: bool) -> socket.socket:
-    family, _, _, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-        0
-    ]
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if shared:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        bound.setblocking(False)
-        bound.bind(address)
-    except OSError as error:
-        bound.close()
-        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from None
+    with contextlib.ExitStack() as undo:
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(
+                host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            bound = undo.enter_context(socket.socket(family, kind))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if shared:
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            bound.setblocking(False)
+            bound.bind(address)
+        except OSError as error:
+            raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+        undo.pop_all()
     return bound

@@ -38,22 +38,14 @@ def run_worker(config: FrontendConfig, on_ready: Callable[[str], None]) -> None:
 
 
 def run_workers(config: FrontendConfig, on_ready: Callable[[str], None]) -> None:
-    """Serve with ``config.workers`` processes until SIGTERM or SIGINT. Raises OSError if a port is taken."""
+    """Serve with ``config.workers`` processes until SIGTERM or SIGINT. Raises OSError if it cannot listen."""
     with contextlib.ExitStack() as stack:
-        for port in _ports(config):
+        for port in config.ports:
             stack.enter_context(reserve(*port))
         folder = tempfile.mkdtemp(prefix="weft-metrics-")
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
         _Supervisor(config, on_ready).run()
-
-
-def _ports(config: FrontendConfig) -> list[tuple[str, int]]:
-    ports = [] if config.http_port is None else [(config.host, config.http_port)]
-    if config.grpc_address is not None:
-        host, _, port = config.grpc_address.rpartition(":")
-        ports.append((host.strip("[]"), int(port)))
-    return ports
 
 
 class _Supervisor:

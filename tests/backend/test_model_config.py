@@ -166,9 +166,9 @@ def test_options(tmp_path: Path) -> None:
         ("eos_token_id", LLAMA | {"eos_token_id": [2, -1]}, {}),
         ("eos_token_id", LLAMA | {"eos_token_id": list(range(17))}, {}),
         ("torch_dtype", LLAMA | {"torch_dtype": "float8_e4m3fn"}, {}),
-        ("dtype", LLAMA, {"dtype": "int8"}),
-        ("max_model_len", LLAMA, {"max_model_len": 2049}),
-        ("max_model_len", LLAMA, {"max_model_len": 0}),
+        ("--dtype", LLAMA, {"dtype": "int8"}),
+        ("--max-model-len", LLAMA, {"max_model_len": 2049}),
+        ("--max-model-len", LLAMA, {"max_model_len": 0}),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(

@@ -146,8 +146,8 @@ def test_the_last_words_of_a_rank_are_heard() -> None:
 @pytest.mark.parametrize(
     ("size", "says"),
     [
-        (3, r"weft: num_attention_heads: 4 cannot be split over 3 ranks \(--tensor-parallel-size\)"),
-        (4, r"weft: num_key_value_heads: 2 cannot be split over 4 ranks \(--tensor-parallel-size\)"),
+        (3, "weft: --tensor-parallel-size 3: does not divide num_attention_heads, 4"),
+        (4, "weft: --tensor-parallel-size 4: does not divide num_key_value_heads, 2"),
     ],
 )
 def test_ranks_that_cannot_share_the_model_are_refused(size: int, says: str, tmp_path: Path) -> None:

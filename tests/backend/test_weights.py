@@ -12,6 +12,7 @@ from torch import Tensor
 
 from weft_backend.checkpoint import CheckpointError, model_hash, resolve_checkpoint, weight_files
 from weft_backend.config_fields import ConfigError
+from weft_backend.errors import StartupError
 from weft_backend.layers import TensorParallel
 from weft_backend.model_config import load_model_config
 from weft_backend.models import Model, load_model
@@ -185,7 +186,7 @@ def test_an_unknown_load_format(llama: Path) -> None:
 
 
 def test_heads_that_ranks_cannot_share(llama: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^num_key_value_heads: 2 cannot be split over 4 ranks"):
+    with pytest.raises(StartupError, match=r"^--tensor-parallel-size 4: does not divide num_key_value_heads, 2"):
         load_model(load_model_config(llama), llama, device=CPU, tp=TensorParallel(0, 4))
 
 

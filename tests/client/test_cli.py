@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -165,6 +168,36 @@ def test_options_are_checked_before_anything_starts(arguments: list[str]) -> Non
     result = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=20)
     assert result.returncode == 2, result.stderr
     assert arguments[-2] in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "error"),
+    [
+        ("serve --no-such-flag", 2, "Error: No such option '--no-such-flag'."),
+        ("serve --block-size", 2, "Error: Option '--block-size' requires an argument."),
+        ("demo --block-size", 2, "Error: Option '--block-size' requires an argument."),
+        ("bench engine . --block-size", 2, "Error: Option '--block-size' requires an argument."),
+        ("serve --block-size 3", 1, "weft: --block-size 3: must be a power of two"),
+        ("serve --listen unix:x", 1, "Error: --listen: is for `weft backend`"),
+        ("serve --device cpu", 1, "weft frontend: cannot listen on 127.0.0.1:PORT: Address already in use"),
+    ],
+)
+def test_a_start_that_fails_says_why_once(arguments: str, exit_code: int, error: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    command = [sys.executable, "-c", "from weft.cli import main; main()", *arguments.split()]
+    with socket.socket() as taken:  # a fault of the frontend, which comes after those of the backend
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        if "serve" in command:
+            command[4:4] = ["--host", "127.0.0.1", "--port", port]
+        environment = os.environ | {"TMPDIR": str(tmp_path)}
+        result = subprocess.run(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert result.returncode == exit_code
+    assert result.stderr.splitlines()[-1].startswith(error.replace("PORT", port))
+    assert result.stderr.count(error.partition(":")[2].replace("PORT", port)) == 1
+    assert "Address" in error or "Address" not in result.stderr
+    assert not list(tmp_path.glob("weft-*"))
 
 
 def test_a_file_that_cannot_be_written_is_one_line(target: str, tmp_path: Any) -> None:

@@ -114,7 +114,7 @@ def test_letting_go_ends_the_services(checkpoint: Path) -> None:
     llm = LLM(str(checkpoint), **ENGINE)
     stack = llm._connection._stack
     assert stack is not None
-    pids = [stack.backend.pid, stack.frontend.pid]
+    pids = [service.pid for service in stack.services]
     assert all(Path(f"/proc/{pid}").exists() for pid in pids)
     del llm, stack
     gc.collect()

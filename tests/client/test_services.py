@@ -28,9 +28,10 @@ def test_flags_of_keyword_arguments() -> None:
 
 def test_what_a_service_wrote_last_is_in_the_error(capfd: pytest.CaptureFixture[str]) -> None:
     service = Service("weft_missing", [])
-    with pytest.raises(StartError, match="No module named weft_missing"):
+    with pytest.raises(StartError, match=r"exit code 1: .*No module named weft_missing") as caught:
         _wait_for_end(service)
-    assert "No module named weft_missing" in capfd.readouterr().err
+    assert caught.value.exit_code == 1
+    assert capfd.readouterr().err.count("No module named weft_missing") == 1
 
 
 def _wait_for_end(service: Service) -> None:

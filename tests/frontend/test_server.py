@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 import psutil  # type: ignore[import-untyped]
@@ -105,7 +106,8 @@ async def test_a_taken_port_is_named(fake: FakeBackend, workers: str) -> None:
     async with frontend(fake, *ports) as first:
         await ready_line(first)
         async with frontend(fake, *ports) as second:
-            assert f"cannot listen on 127.0.0.1:{port}" in await ready_line(second)
+            message = f"cannot listen on 127.0.0.1:{port}: Address already in use"
+            assert await ready_line(second) == f"weft frontend: {message}\n"
             assert await second.wait() == 1
 
 
@@ -217,6 +219,18 @@ async def test_a_connection_that_was_open_is_answered_during_the_drain(fake: Fak
         writer.write(request("POST", "/v1/completions", json.dumps(COMPLETION).encode()))
         assert (await read_answer(reader)).status == 200
         writer.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"http_port": 7, "grpc_port": 7}, "--port and --grpc-port are both 7"),
+        ({"grpc_listen": "here"}, "--grpc-listen takes HOST:PORT or unix:/PATH, not 'here'"),
+    ],
+)
+def test_addresses_that_cannot_be_are_refused(settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FrontendConfig(backends=("unix:/none",), **settings)
 
 
 def test_bodies_of_no_bytes_are_refused_by_name() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import Tensor
 
-from weft_backend.config_fields import ConfigError
+from weft_backend.errors import StartupError
 
 if TYPE_CHECKING:
     from weft_backend.layers.peer_sum import PeerSum
@@ -25,9 +25,9 @@ class TensorParallel:
     peer_sum: PeerSum | None = None  # None: all sums go through torch.distributed
 
     def share(self, count: int, field: str) -> int:
-        """Each rank's share of ``count`` things; raises ConfigError naming ``field`` if no even share exists."""
+        """Each rank's share of ``count`` things; raises StartupError naming ``field`` if no even share exists."""
         if count % self.size:
-            raise ConfigError(field, f"{count} cannot be split over {self.size} ranks (--tensor-parallel-size)")
+            raise StartupError(f"--tensor-parallel-size {self.size}: does not divide {field}, {count}")
         return count // self.size
 
     def all_reduce(self, x: Tensor) -> Tensor:

@@ -70,10 +70,10 @@ class Connection:
     async def _start(self, backend_arguments: Sequence[str]) -> list[Model]:
         target = f"unix:{self._folder}/frontend.sock"
         frontend = ["--grpc-listen", target, "--port", "0", "--workers", "1"]
-        self._stack = Stack([*backend_arguments, "--metrics-port", "0"], frontend, private=True)
+        self._stack = Stack(["--metrics-port", "0", *backend_arguments], frontend, private=True)
         self._client = AsyncClient(target, max_retries=0)
         while not (models := await self._list_models()):
-            self._stack.raise_if_ended()
+            self._stack.watch()
             await asyncio.sleep(_POLL_SECONDS)
         return models
 

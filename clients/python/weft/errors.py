@@ -75,7 +75,14 @@ class Cancelled(WeftError):
 
 
 class StartError(RuntimeError):
-    """A service did not become ready, or ended; the message holds the last lines it wrote."""
+    """A service did not become ready, or ended; the message holds the last line it wrote.
+
+    ``exit_code`` is the service's, if it has ended: above 0 it has told why on stderr, below it was killed.
+    """
+
+    def __init__(self, message: str, exit_code: int = 0) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 _CLASSES: dict[grpc.StatusCode, type[WeftError]] = {

@@ -34,7 +34,7 @@ class LLM:
     default the built-in model, and ``engine_options`` are the flags of ``weft backend`` (``dtype="float32"``,
     ``max_num_seqs=8``, …). ``LLM(target="host:port")`` joins a running service, where ``model`` is a served name.
 
-    Raises StartError with the service's own last lines if it does not start, ValueError for a bad request, and the
+    Raises StartError with the service's own last line if it does not start, ValueError for a bad request, and the
     errors of ``weft.errors``. Use it as a context manager, call ``close()``, or let it go: its services end with it.
     """
 

@@ -1,12 +1,11 @@
 """A backend and its frontends as child processes of this one.
 
 The services are started as ``python -m weft_backend`` and ``python -m weft_frontend``; this package imports neither.
-What they write goes on to this process's stderr, and the last lines are kept for the error that names the cause.
+What they write goes on to this process's stderr, and the last line is kept for the error: it names the cause.
 """
 
 from __future__ import annotations
 
-import collections
 import os
 import shutil
 import subprocess
@@ -21,7 +20,6 @@ BACKEND, FRONTEND = "weft_backend", "weft_frontend"
 
 API_KEY_VARIABLE = "WEFT_API_KEY"
 
-_TAIL_LINES = 30
 # Asks Linux to end the child with its parent, even one that was killed, and becomes the service.
 _BOUND_TO_PARENT = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); "
@@ -53,7 +51,7 @@ class Service:
 
     def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         self.name = module.removeprefix("weft_")
-        self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
+        self._last_line = "it wrote nothing"
         self._process = subprocess.Popen(
             _command(module, arguments),
             env=environment,
@@ -73,11 +71,10 @@ class Service:
         return self._process.pid
 
     def raise_if_ended(self) -> None:
-        """Raise StartError, with what it wrote last, if the service has ended."""
-        if self._process.poll() is not None:
+        """Raise StartError, with the last line it wrote, if the service has ended."""
+        if (exit_code := self._process.poll()) is not None:
             self._pump.join(timeout=1.0)
-            written = "".join(self._tail).strip() or "(it wrote nothing)"
-            raise StartError(f"the {self.name} ended with exit code {self._process.returncode}:\n{written}")
+            raise StartError(f"the {self.name} ended with exit code {exit_code}: {self._last_line}", exit_code)
 
     def kill(self) -> None:
         """End it now; what it has started ends with it."""
@@ -96,7 +93,7 @@ class Service:
     def _pass_on(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            self._tail.append(line)
+            self._last_line = line.strip() or self._last_line
             sys.stderr.write(line)
             sys.stderr.flush()
 
@@ -107,34 +104,51 @@ def _command(module: str, arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", module, *arguments]
 
 
+def start_backend(address: str, arguments: Sequence[str]) -> Service:
+    """A backend that listens at ``address``; the arguments are the rest of its command line."""
+    return Service(BACKEND, ["--listen", address, *arguments])  # first, or a flag that lacks its value would take it
+
+
+def check_joined(backend_arguments: Sequence[str]) -> None:
+    """Raise StartError for an address of its own, at which a backend that is ours alone would not be found."""
+    if any(argument.partition("=")[0] == "--listen" for argument in backend_arguments):
+        raise StartError("--listen: is for `weft backend`; here the backend has a socket of its own")
+
+
 class Stack:
     """A backend and a frontend in front of it, joined by a Unix socket that only this user can reach.
 
     The arguments are those of the services' command lines, without the address that joins them. A ``private`` frontend
-    asks nobody for a key, whatever the environment says.
+    asks nobody for a key, whatever the environment says. The frontend starts in ``watch``, once the backend listens:
+    of two command lines with a fault only one complains.
     """
 
     def __init__(
         self, backend_arguments: Sequence[str], frontend_arguments: Sequence[str], private: bool = False
     ) -> None:
+        check_joined(backend_arguments)
         self._folder = tempfile.mkdtemp(prefix="weft-")
-        joint = f"unix:{self._folder}/backend.sock"
-        environment = {name: value for name, value in os.environ.items() if not (private and name == API_KEY_VARIABLE)}
-        self.backend = Service(BACKEND, [*backend_arguments, "--listen", joint])
-        self.frontend = Service(FRONTEND, ["--backend", joint, *frontend_arguments], environment)
+        self._socket = f"{self._folder}/backend.sock"
+        self._frontend_arguments = ["--backend", f"unix:{self._socket}", *frontend_arguments]
+        self._environment = dict(os.environ)
+        if private:
+            self._environment.pop(API_KEY_VARIABLE, None)
+        self.services = [start_backend(f"unix:{self._socket}", backend_arguments)]
 
-    def raise_if_ended(self) -> None:
-        """Raise StartError, with what it wrote last, if a service has ended."""
-        self.backend.raise_if_ended()
-        self.frontend.raise_if_ended()
+    def watch(self) -> None:
+        """To be called again and again. Raises StartError, with the last line it wrote, if a service has ended."""
+        for service in self.services:
+            service.raise_if_ended()
+        if len(self.services) == 1 and os.path.exists(self._socket):
+            self.services.append(Service(FRONTEND, self._frontend_arguments, self._environment))
 
     def kill(self) -> None:
         """End both now."""
-        self.frontend.kill()
-        self.backend.kill()
+        for service in reversed(self.services):
+            service.kill()
 
     def stop(self, grace: float = 10.0) -> None:
         """End the frontend, which drains, then the backend; each is killed after ``grace`` seconds."""
-        self.frontend.stop(grace)
-        self.backend.stop(grace)
+        for service in reversed(self.services):
+            service.stop(grace)
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -16,7 +16,7 @@ from weft.cli.engine_options import LoadOptions, load_options
 from weft.cli.engine_session import EngineSession
 from weft.cli.options import FORWARDING
 from weft.errors import Unavailable
-from weft.services import BACKEND, Service, flags
+from weft.services import Service, check_joined, flags, start_backend
 
 _POLL_SECONDS = 0.05
 
@@ -48,9 +48,10 @@ def bench_engine(max_num_seqs: int, gpu_memory_utilization: float, load_format: 
 @contextmanager
 def started_session(backend_arguments: Sequence[str]) -> Iterator[EngineSession]:
     """A backend of our own and a session with it. Raises StartError if it does not start."""
+    check_joined(backend_arguments)
     folder = tempfile.mkdtemp(prefix="weft-")
     target = f"unix:{folder}/backend.sock"
-    service = Service(BACKEND, [*backend_arguments, "--listen", target, "--metrics-port", "0"])
+    service = start_backend(target, ["--metrics-port", "0", *backend_arguments])
     session = EngineSession(target)
     try:
         _open(session, service)

@@ -42,10 +42,10 @@ def local_service(backend_arguments: Sequence[str]) -> Iterator[LocalService]:
     """Start one, wait until it is ready, end it afterwards. Raises StartError."""
     http_port, grpc_port = free_ports(2)
     frontend = {"host": HOST, "port": http_port, "grpc_port": grpc_port, "workers": 1}
-    stack = Stack([*backend_arguments, "--metrics-port", "0"], flags(frontend), private=True)
+    stack = Stack(["--metrics-port", "0", *backend_arguments], flags(frontend), private=True)
     try:
         while not _is_ready(http_port):
-            stack.raise_if_ended()
+            stack.watch()
             time.sleep(_POLL_SECONDS)
         yield LocalService(stack, http_port, grpc_port)
     finally:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from weft.cli.options import FORWARDING, PORT
+from weft.cli.options import COUNT, FORWARDING, PORT
 from weft.services import API_KEY_VARIABLE, Stack, flags
 
 _POLL_SECONDS = 0.2
@@ -21,13 +21,13 @@ _GRACE_BEYOND_DRAIN = 10.0  # seconds a service gets to end after its drain
 @click.option("--host", default="0.0.0.0", show_default=True, help="Address to listen on.")
 @click.option("--port", type=PORT, default=8000, show_default=True, help="HTTP port; 0: no HTTP.")
 @click.option("--grpc-port", type=PORT, default=50051, show_default=True, help="gRPC port; 0: no gRPC.")
-@click.option("--workers", type=int, help="Frontend processes. Default: the frontend's.")
+@click.option("--workers", type=COUNT, help="Frontend processes. Default: the frontend's.")
 @click.option("--chat-template", type=click.Path(exists=True), help="Jinja file to use instead of the model's.")
 @click.option("--trust-request-chat-template", is_flag=True, help="Render templates that requests bring.")
 @click.option(
     "--api-key", multiple=True, help=f"Ask clients for this key; repeatable. Also read from {API_KEY_VARIABLE}."
 )
-@click.option("--max-body-bytes", type=int, help="Largest HTTP body or gRPC message. Default: the frontend's.")
+@click.option("--max-body-bytes", type=COUNT, help="Largest HTTP body or gRPC message. Default: the frontend's.")
 @click.option("--request-timeout", type=float, help="Seconds that requests get which bring no deadline.")
 @click.option("--drain-timeout", default=30.0, show_default=True, help="Seconds that running requests get at the end.")
 def serve(arguments: tuple[str, ...], **server: Any) -> None:
@@ -43,7 +43,7 @@ def serve(arguments: tuple[str, ...], **server: Any) -> None:
     stack = Stack([*flags({"drain_timeout": drain, "metrics_port": 0}), *arguments], flags(server))
     try:
         while not stop.wait(_POLL_SECONDS):
-            stack.raise_if_ended()
+            stack.watch()
     finally:
         if stop.is_set():
             click.echo("ending once running requests have; the same signal again ends now", err=True)
