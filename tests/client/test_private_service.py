@@ -136,13 +136,14 @@ def test_the_cause_of_a_failed_start_is_raised(checkpoint: Path, model: str | No
 
 
 @pytest.fixture
-def served(checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], int, int]]:
+def served(checkpoint: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int, int]]:
     """A running ``weft serve`` that has said it is ready, its HTTP port and its gRPC port."""
     port, grpc_port = free_port(), free_port()
     command = [sys.executable, "-c", "from weft.cli import main; main()", "serve", str(checkpoint), "--device", "cpu"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--grpc-port", str(grpc_port), "--num-pages", "256"]
-    command += ["--workers", "1", "--drain-timeout", "5"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command += ["--workers", "2", "--drain-timeout", "5"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     lines = []
     for line in process.stderr:
@@ -181,7 +182,7 @@ def backend_of(process: subprocess.Popen[str]) -> int:
     return next(int(child) for child in children if b"weft_backend" in Path(f"/proc/{child}/cmdline").read_bytes())
 
 
-def test_a_second_signal_ends_serve_at_once(served: tuple[subprocess.Popen[str], int, int]) -> None:
+def test_a_second_signal_ends_serve_at_once(served: tuple[subprocess.Popen[str], int, int], tmp_path: Path) -> None:
     process, _, port = served
     with Client(f"127.0.0.1:{port}", max_retries=0) as client:
         stream = client.stream_generate("Hello", SamplingParams(max_tokens=200, ignore_eos=True))
@@ -194,6 +195,7 @@ def test_a_second_signal_ends_serve_at_once(served: tuple[subprocess.Popen[str],
         process.wait(20)
         assert time.monotonic() - begin < 2
         stream.close()
+    assert not list(tmp_path.glob("weft-*"))
 
 
 def test_serve_dies_when_its_backend_does(served: tuple[subprocess.Popen[str], int, int]) -> None:

@@ -130,7 +130,7 @@ class Stack:
         self._folder = tempfile.mkdtemp(prefix="weft-")
         self._socket = f"{self._folder}/backend.sock"
         self._frontend_arguments = ["--backend", f"unix:{self._socket}", *frontend_arguments]
-        self._environment = dict(os.environ)
+        self._environment = os.environ | {"TMPDIR": self._folder}  # what a killed frontend leaves goes with the folder
         if private:
             self._environment.pop(API_KEY_VARIABLE, None)
         self.services = [start_backend(f"unix:{self._socket}", backend_arguments)]
