@@ -99,6 +99,8 @@ def test_bench_serve_over_grpc(target: str, service: Any, tmp_path: Any) -> None
         str(file),
     )
     assert result.exit_code == 0, result.output
+    assert "2 streams: 100%" in result.stderr
+    assert "4/4" in result.stderr
     (results,) = json.loads(file.read_text())
     assert results["requests"] == 4
     streamed = [request for request in service.requests if isinstance(request, pb.StreamGenerateRequest)]
@@ -125,6 +127,7 @@ def test_bench_serve_counts_what_failed(target: str, service: Any, tmp_path: Any
     result = run("bench", "serve", "--target", target, *sizes, "--json", str(file))
     assert result.exit_code == 1
     assert "25.00 % of the requests failed" in result.output
+    assert "4/4" in result.stderr
     assert json.loads(file.read_text())[0]["failed_percent"] == 25
 
 

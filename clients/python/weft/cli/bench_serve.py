@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing.pool import Pool
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import click
+from tqdm import tqdm
 
 from weft.cli.options import COUNT, check_url, count, list_of
 from weft.cli.processes import CpuMeter
@@ -30,6 +32,9 @@ _MOST_WARM_UPS = 32  # as many as vLLM's client is told to send
 _FEWEST_REQUESTS = 4
 _WORD_COUNTS = 3  # each comes closer to the length asked for
 _STREAMS_PER_PROCESS = 16  # a token costs a client process about 30 µs, over gRPC and HTTP alike
+_PROGRESS_SECONDS = 0.2
+
+_num_ended: Synchronized[int]  # requests of all processes that take part
 
 
 @dataclass(frozen=True)
@@ -118,21 +123,24 @@ def measure(load: Load, parent: int | None) -> dict[str, float]:
     num_processes = min(max(1, (os.cpu_count() or 1) // 4), -(-load.num_streams // _STREAMS_PER_PROCESS))
     with ExitStack() as stack:
         context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
-        processes = [stack.enter_context(context.Pool(1)) for _ in range(num_processes)]
+        num_ended = context.Value("q")
+        processes = [stack.enter_context(context.Pool(1, _count_in, [num_ended])) for _ in range(num_processes)]
         num_warm_ups = min(load.num_streams, _MOST_WARM_UPS)
-        warm_up = _run(processes, replace(load, num_streams=num_warm_ups, num_requests=num_warm_ups, seed=1))
-        if warm_up.errors:
-            raise WeftError(warm_up.errors[0])
+        warm_up = replace(load, num_streams=num_warm_ups, num_requests=num_warm_ups, seed=1)
+        outcome = _run(processes, warm_up, num_ended, "Warming up")
+        if outcome.errors:
+            raise WeftError(outcome.errors[0])
         meter, begin = CpuMeter(parent), time.perf_counter()
-        outcome = _run(processes, load)
+        outcome = _run(processes, load, num_ended, f"{load.num_streams} streams")
         seconds = time.perf_counter() - begin
     if not outcome.timings:
         raise WeftError(outcome.errors[0])
     return _results(load, outcome, seconds) | _costs(meter, outcome, seconds)
 
 
-def _run(processes: Sequence[Pool], load: Load) -> Outcome:
-    """Divide a load among processes."""
+def _run(processes: Sequence[Pool], load: Load, num_ended: Synchronized[int], what: str) -> Outcome:
+    """Divide a load among processes, and show how many requests have ended."""
+    num_ended.value = 0
     waiting = []
     for index, process in enumerate(processes):
         num_streams, num_requests = (
@@ -140,7 +148,13 @@ def _run(processes: Sequence[Pool], load: Load) -> Outcome:
             for total in (load.num_streams, load.num_requests)
         )
         share = replace(load, num_streams=num_streams, num_requests=num_requests, seed=load.seed + 2 * index)
-        waiting.append(process.apply_async(run_share, [share]))
+        waiting.append(process.apply_async(_run_share, [share]))
+    with tqdm(total=load.num_requests, unit="req", desc=what) as bar:
+        for result in waiting:
+            while not result.ready():
+                result.wait(_PROGRESS_SECONDS)
+                bar.update(num_ended.value - bar.n)
+        bar.update(num_ended.value - bar.n)
     outcomes = [result.get() for result in waiting]
     return Outcome(
         [timing for outcome in outcomes for timing in outcome.timings],
@@ -149,7 +163,13 @@ def _run(processes: Sequence[Pool], load: Load) -> Outcome:
     )
 
 
-def run_share(load: Load) -> Outcome:
+def _count_in(num_ended: Synchronized[int]) -> None:
+    """Begin a process: it is to count its requests there."""
+    global _num_ended
+    _num_ended = num_ended
+
+
+def _run_share(load: Load) -> Outcome:
     """Run a load in this process."""
     begin = time.process_time()
     rng = random.Random(load.seed)
@@ -161,13 +181,13 @@ def run_share(load: Load) -> Outcome:
             for prompt in prompts:  # one iterator for all streams: who is free takes the next
                 try:
                     timing = await ask(prompt)
+                    if timing.num_tokens != load.max_tokens:
+                        raise WeftError(f"{timing.num_tokens} tokens came instead of {load.max_tokens}")
+                    outcome.timings.append(timing)
                 except WeftError as error:
                     outcome.errors.append(str(error))
-                    continue
-                if timing.num_tokens == load.max_tokens:
-                    outcome.timings.append(timing)
-                else:
-                    outcome.errors.append(f"{timing.num_tokens} tokens came instead of {load.max_tokens}")
+                with _num_ended.get_lock():
+                    _num_ended.value += 1
 
     async def streams() -> None:
         await asyncio.gather(*(stream() for _ in range(load.num_streams)))
