@@ -125,8 +125,9 @@ def test_a_busy_service_is_asked_again_and_other_errors_are_kept(server: EchoSer
     ],
 )
 def test_a_bad_line_fails_alone(server: EchoServer, tmp_path: Path, line: str, message: str) -> None:
-    results, output = run(server, tmp_path, [line, json.dumps(request(2))])
+    results, output = run(server, tmp_path, ["", line, json.dumps(request(2))])
     assert results[0]["response"] is None
+    assert results[0]["error"]["message"].startswith("line 2: ")
     assert results[0]["error"]["code"] == "invalid_line"
     assert message in results[0]["error"]["message"]
     assert results[1]["error"] is None
@@ -156,7 +157,7 @@ def test_an_interrupt_does_not_run_the_lines_ahead() -> None:
     hold = threading.Event()
 
     class Runner(BatchRunner):
-        def run(self, line: str) -> dict[str, Any]:
+        def run(self, number: int, line: str) -> dict[str, Any]:
             started.append(line)
             if line != "0":
                 hold.wait(10)

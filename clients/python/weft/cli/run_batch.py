@@ -42,8 +42,8 @@ class BatchRunner:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._local = threading.local()
 
-    def run(self, line: str) -> dict[str, Any]:
-        """The output line of an input line: a response, or an error if the line is bad or the service is gone."""
+    def run(self, number: int, line: str) -> dict[str, Any]:
+        """The output line of input line ``number``: a response, or an error if it is bad or the service is gone."""
         name = f"batch_req_{uuid.uuid4().hex}"
         output: dict[str, Any] = {"id": name, "custom_id": None, "response": None, "error": None}
         try:
@@ -52,7 +52,8 @@ class BatchRunner:
             check_line(request)
             payload = json.dumps(request["body"]).encode()
         except (ValueError, RecursionError) as error:
-            return {**output, "error": {"code": "invalid_line", "message": str(error)}}
+            message = error.msg if isinstance(error, json.JSONDecodeError) else error  # its text has lines of its own
+            return {**output, "error": {"code": "invalid_line", "message": f"line {number}: {message}"}}
         try:
             return {**output, "response": self._post(request["url"], payload)}
         except (OSError, http.client.HTTPException) as error:
@@ -110,9 +111,9 @@ def run_lines(runner: BatchRunner, lines: Iterable[str], concurrency: int) -> Ge
     pending: collections.deque[Future[dict[str, Any]]] = collections.deque()
     pool = ThreadPoolExecutor(concurrency)
     try:
-        for line in lines:
+        for number, line in enumerate(lines, start=1):
             if line.strip():
-                pending.append(pool.submit(runner.run, line))
+                pending.append(pool.submit(runner.run, number, line))
             if len(pending) >= _LINES_AHEAD * concurrency:
                 yield pending.popleft().result()
         while pending:
