@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+from weft.server import Health
 from weft_backend.engine_link import EngineLink
 from weft_backend.errors import unavailable
-from weft_backend.health import Health
 
 
 class Drain:

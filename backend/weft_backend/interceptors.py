@@ -11,15 +11,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
 
 import grpc
-from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import DecodeError
 from google.rpc.code_pb2 import INTERNAL
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
-from google.rpc.status_pb2 import Status
 
+from weft.server import error_details
 from weft_backend.errors import Refusal, broken_protocol
 
-DOMAIN = "weft.dev"
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _log = logging.getLogger(__name__)
 
@@ -82,25 +79,6 @@ async def _abort(context: Any, error: Exception) -> NoReturn:
     if not isinstance(error, Refusal):
         _log.error("a call failed", exc_info=error)
         error = Refusal(INTERNAL, "INTERNAL", "internal error")
-    details = (("grpc-status-details-bin", _status(error).SerializeToString()),)
+    details = error_details(error.code, error.message, error.reason, error.field, error.retry_after_ms)
     await context.abort(_CODES[error.code], error.message, details)
     raise AssertionError("abort raises")
-
-
-def _status(refusal: Refusal) -> Status:
-    status = Status(code=refusal.code, message=refusal.message)
-    _add(status, ErrorInfo(reason=refusal.reason, domain=DOMAIN))
-    if refusal.field:
-        violation = BadRequest.FieldViolation(field=refusal.field, description=refusal.message)
-        _add(status, BadRequest(field_violations=[violation]))
-    if refusal.retry_after_ms is not None:
-        retry = RetryInfo()
-        retry.retry_delay.FromMilliseconds(refusal.retry_after_ms)
-        _add(status, retry)
-    return status
-
-
-def _add(status: Status, detail: Any) -> None:
-    packed = AnyMessage()
-    packed.Pack(detail)
-    status.details.append(packed)

@@ -10,14 +10,14 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from weft.server import SERVER_OPTIONS, Health
 from weft_backend.config import BackendConfig
 from weft_backend.drain import Drain
 from weft_backend.engine_link import EngineLink, end_engine, start_engine
 from weft_backend.errors import EngineDied, StartupError, unavailable
-from weft_backend.health import SERVICE, Health
 from weft_backend.interceptors import ErrorInterceptor
 from weft_backend.metrics import serve_metrics
-from weft_backend.servicer import EngineServicer, add_to_server
+from weft_backend.servicer import SERVICE, EngineServicer, add_to_server
 from weft_backend.sessions import Sessions
 from weft_backend.stages import Stage
 from weft_backend.watchdog import watch_engine
@@ -28,15 +28,8 @@ _ENGINE_GRACE = 10.0  # seconds for the engine process to end by itself
 _MAX_MESSAGE_BYTES = 64 << 20
 _MAX_METADATA_BYTES = 16 << 10
 _OPTIONS = [
+    *SERVER_OPTIONS,
     ("grpc.so_reuseport", 0),  # two backends on one port must be an error
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # 300 s otherwise: GOAWAY in long prefills
-    ("grpc.http2.bdp_probe", 0),  # with the next: 0.09 MB instead of 4 MB buffered for a client that does not read
-    ("grpc.http2.lookahead_bytes", 65_536),
     ("grpc.max_concurrent_streams", 1024),
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
@@ -56,7 +49,7 @@ class Backend:
         self._start = Stage("ready")
         self._tasks: list[asyncio.Task[None]] = []
         self.link = EngineLink(self._sessions)
-        self.health = Health()
+        self.health = Health(SERVICE)
         self.drain = Drain(self.link, self.health)
 
     async def __aenter__(self) -> Backend:

@@ -14,13 +14,13 @@ from google.protobuf.message_factory import GetMessageClass
 from google.rpc.code_pb2 import DEADLINE_EXCEEDED, FAILED_PRECONDITION, INTERNAL, UNIMPLEMENTED
 
 from weft.engine.v1 import engine_pb2 as pb
-from weft.limits import MAX_ID_BYTES, InvalidField, check_all_but_ids
+from weft.limits import CONTRACT_VERSION, MAX_ID_BYTES, InvalidField, check_all_but_ids
 from weft_backend.drain import Drain
 from weft_backend.engine_link import EngineLink
 from weft_backend.errors import Refusal, broken_protocol
 from weft_backend.sessions import OpenSession, Sessions, Write
 
-CONTRACT_VERSION = 1
+SERVICE = pb.DESCRIPTOR.services_by_name["EngineService"].full_name
 MAX_SLOTS = 1 << 20
 MAX_TIMEOUT_MS = (1 << 32) - 1
 _log = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from weft.server import Health
 from weft_backend.engine_link import EngineLink
-from weft_backend.health import Health
 
 _UNREADY_SHARE = 0.25  # of the patience without a message, after which health answers NOT_SERVING
 

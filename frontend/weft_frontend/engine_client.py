@@ -17,10 +17,11 @@ from weft.engine.v1 import engine_pb2 as pb
 from weft.engine.v1.engine_pb2_grpc import EngineServiceStub
 from weft.engine.v1.model_pb2 import LoadReport, ModelCard
 from weft.errors import from_rpc_error
+from weft.limits import CONTRACT_VERSION
+from weft.transport import KEEPALIVE_OPTIONS
 from weft_frontend.errors import Unavailable, WeftError, from_status
 from weft_frontend.step_frames import TokenSink, fan_out
 
-CONTRACT_VERSION = 1
 NUM_SLOTS = 1 << 20
 KEEPALIVE_SECONDS = 5.0
 SILENCE_SECONDS = 20.0  # a backend shows life every 5 s
@@ -32,11 +33,7 @@ RETRY_AFTER_MS = 1000
 MAX_FRAME_BYTES = 64 << 20
 
 CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
+    *KEEPALIVE_OPTIONS,
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
     ("grpc.max_send_message_length", MAX_FRAME_BYTES),
     # Reopening is paced here; a subchannel shared with the broken one would add its own back-off of up to 120 s.

@@ -22,6 +22,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from weft.engine.v1.engine_pb2 import TokenRequest
 from weft.engine.v1.model_pb2 import Limits, ModelCard
 
+CONTRACT_VERSION = 1  # of weft.engine.v1, in hello and welcome
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_ID_BYTES = 128

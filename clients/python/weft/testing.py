@@ -22,11 +22,12 @@ from typing import Any
 
 import click
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 
 from weft.engine.v1 import engine_pb2 as pb
 from weft.engine.v1 import engine_pb2_grpc, model_pb2
-from weft.limits import InvalidField, Unsupported, check_token_request, default_limits
+from weft.limits import CONTRACT_VERSION, InvalidField, Unsupported, check_token_request, default_limits
+from weft.server import Health
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 MAX_CHUNK_BYTES = 1 << 20
@@ -101,12 +102,12 @@ class FakeBackend:
     async def __aenter__(self) -> FakeBackend:
         self._server = grpc.aio.server()
         engine_pb2_grpc.add_EngineServiceServicer_to_server(_Service(self), self._server)  # type: ignore[no-untyped-call]
-        servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
+        health = Health("weft.engine.v1.EngineService")
+        health.set_ready(True)
+        health_pb2_grpc.add_HealthServicer_to_server(health, self._server)
         port = self._server.add_insecure_port(self.target)
         if not self.target.startswith("unix:"):
             self.target = f"{self.target.rpartition(':')[0]}:{port}"
-        await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
         return self
 
@@ -146,7 +147,7 @@ class _Session:
                         pb.SessionResponse(
                             welcome=pb.Welcome(
                                 epoch=time.time_ns(),
-                                contract_version=1,
+                                contract_version=CONTRACT_VERSION,
                                 model=self._backend.card,
                                 ack_window=ACK_WINDOW,
                             )

@@ -1,4 +1,4 @@
-"""What both clients share below the messages: channel settings, deadlines and retries."""
+"""Below the messages: channel settings, deadlines and retries."""
 
 from __future__ import annotations
 

@@ -9,10 +9,11 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from weft.server import SERVER_OPTIONS
 from weft_frontend.config import FrontendConfig
 from weft_frontend.generation import Generation
 from weft_frontend.grpc.auth import ApiKeyInterceptor
-from weft_frontend.grpc.health import Health
+from weft_frontend.grpc.health import AskedHealth
 from weft_frontend.grpc.service import SERVICE, InferenceService
 from weft_frontend.metrics import MeasuredGeneration
 
@@ -20,19 +21,11 @@ MAX_STREAMS = 2048  # of one connection
 
 
 def _options(config: FrontendConfig) -> list[tuple[str, int]]:
-    """A stopped peer is noticed within 15 s; a client that does not read has 64 KiB buffered for it, not 4 MB."""
     return [
+        *SERVER_OPTIONS,
         ("grpc.so_reuseport", int(config.workers > 1)),
         ("grpc.max_receive_message_length", config.max_request_bytes),
         ("grpc.max_concurrent_streams", MAX_STREAMS),
-        ("grpc.keepalive_time_ms", 10_000),
-        ("grpc.keepalive_timeout_ms", 5_000),
-        ("grpc.http2.ping_timeout_ms", 5_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-        ("grpc.http2.bdp_probe", 0),
-        ("grpc.http2.lookahead_bytes", 65536),
     ]
 
 
@@ -50,7 +43,7 @@ class GrpcServer:
         interceptors = (ApiKeyInterceptor(config.api_keys),) if config.api_keys else ()
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(config))
         self._server.add_generic_rpc_handlers((InferenceService(generation, measured).handler(),))
-        self.health = Health(is_ready)
+        self.health = AskedHealth(SERVICE, is_ready)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
