@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from types import TracebackType
+from typing import NoReturn
 
 import grpc
 
@@ -21,7 +22,7 @@ from weft.inference.v1.sampling_pb2 import SamplingParams
 from weft_frontend import router
 from weft_frontend.choice import ChoiceDelta
 from weft_frontend.config import FrontendConfig
-from weft_frontend.errors import DeadlineExceeded, InvalidRequest, from_status
+from weft_frontend.errors import DeadlineExceeded, InvalidRequest, Unsupported, from_status
 from weft_frontend.logprobs import TokenLogprob
 from weft_frontend.models import ModelRegistry, ServedModel
 from weft_frontend.prompt_run import PromptRun
@@ -130,6 +131,10 @@ class Generation:
             list(request.token_ids), skip_special_tokens=request.skip_special_tokens
         )
         return pb.DetokenizeResponse(text=text)
+
+    def embed(self) -> NoReturn:
+        """Raises Unsupported: no model with an embedding head is served."""
+        raise Unsupported("No model here has an embedding head", field="model", reason="NO_EMBEDDINGS")
 
     def list_models(self) -> pb.ListModelsResponse:
         """The models served now, in alphabetical order."""

@@ -247,6 +247,12 @@ async def test_what_is_not_offered(served: Served, case: str) -> None:
     assert answer.headers["x-should-retry"] == "false"
 
 
+async def test_embeddings_are_not_offered(served: Served) -> None:
+    answer = await post(served.port, "/v1/embeddings", {"model": SECRET, "input": "Hi"})
+    check(answer, 501, "model")
+    assert answer.error["code"] == "no_embeddings"
+
+
 async def test_a_grammar_is_named_as_it_was_given(served: Served) -> None:
     format_ = {"type": "json_object"}
     check(await post(served.port, CHAT, {"messages": [USER], "response_format": format_}), 501, "response_format")

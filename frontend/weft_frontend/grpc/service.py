@@ -15,7 +15,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from weft.inference.v1 import inference_pb2 as pb
-from weft_frontend.errors import DeadlineExceeded, InvalidRequest, Unsupported
+from weft_frontend.errors import DeadlineExceeded, InvalidRequest
 from weft_frontend.generation import Generation
 from weft_frontend.grpc.errors import abort
 from weft_frontend.grpc.messages import choice_of
@@ -86,8 +86,8 @@ class InferenceService:
         return await self._generation.detokenize(request)
 
     async def embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
-        """No model with an embedding head is served."""
-        raise Unsupported("No model here has an embedding head", field="model", reason="NO_EMBEDDINGS")
+        """Refused."""
+        self._generation.embed()
 
     async def list_models(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         """The models served now."""

@@ -12,11 +12,12 @@ from weft_frontend.http.chat import chat_completions
 from weft_frontend.http.completions import completions
 from weft_frontend.http.guard import Guard
 from weft_frontend.http.plain import generate
-from weft_frontend.http.text import detokenize, tokenize
+from weft_frontend.http.text import detokenize, embeddings, tokenize
 
 ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/chat/completions", chat_completions),
     ("POST", "/v1/completions", completions),
+    ("POST", "/v1/embeddings", embeddings),
     ("GET", "/v1/models", admin.list_models),
     ("GET", "/v1/models/{model:path}", admin.get_model),
     ("POST", "/generate", generate),

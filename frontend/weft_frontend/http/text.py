@@ -1,4 +1,4 @@
-"""`POST /tokenize` and `POST /detokenize`."""
+"""`POST /tokenize`, `POST /detokenize` and `POST /v1/embeddings`."""
 
 from __future__ import annotations
 
@@ -58,3 +58,8 @@ async def detokenize(call: Call) -> None:
     )
     answer = await call.services.generation.detokenize(request)
     await call.answer({"prompt": answer.text})
+
+
+async def embeddings(call: Call) -> None:
+    """Refused."""
+    call.services.generation.embed()
