@@ -71,9 +71,9 @@ def _load_runner(
     config: EngineConfig, path: Path, model_config: ModelConfig, device: torch.device, tp: TensorParallel
 ) -> ModelRunner:
     with Stage("weights") as stage:
-        model = load_rank(config, path, model_config, device, tp)
+        model, num_kernels = load_rank(config, path, model_config, device, tp)
         quantized = f" quantized to {config.quantization}" if config.quantization else ""
-        kernels = "; kernels compiled" if device.type == "cuda" else ""
+        kernels = f"; {num_kernels} kernels compiled" if device.type == "cuda" else ""
         stage.detail = f"{config.load_format}, {model_config.dtype}{quantized} on {device}{kernels}"
     with Stage("pages") as stage:
         runner = make_runner(config, model_config, model, device, tp)

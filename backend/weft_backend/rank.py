@@ -137,16 +137,17 @@ def page_shape(config: EngineConfig, model: ModelConfig) -> PageShape:
 
 def load_rank(
     config: EngineConfig, path: Path, model_config: ModelConfig, device: torch.device, tp: TensorParallel
-) -> Model:
-    """The rank's share of the model in ``path``. Meanwhile a GPU's kernels are compiled."""
-    with _compiling(config, model_config, device, tp) if device.type == "cuda" else nullcontext():
+) -> tuple[Model, int]:
+    """The rank's share of the model in ``path``, and how many of a GPU's kernels were compiled meanwhile."""
+    with _compiling(config, model_config, device, tp) if device.type == "cuda" else nullcontext([]) as compiled:
         seed = config.seed or 0
-        return load_model(model_config, path, device=device, load_format=config.load_format, seed=seed, tp=tp)
+        model = load_model(model_config, path, device=device, load_format=config.load_format, seed=seed, tp=tp)
+    return model, len(compiled)
 
 
 def _compiling(
     config: EngineConfig, model_config: ModelConfig, device: torch.device, tp: TensorParallel
-) -> AbstractContextManager[None]:
+) -> AbstractContextManager[list[str]]:
     from weft_kernels.compilation import compiling  # takes Triton
 
     sizes = (config.max_num_seqs, config.max_num_batched_tokens)
@@ -180,7 +181,7 @@ def follow(config: EngineConfig, rank: int, leader: Connection) -> None:
     use_device(device, size)  # the GPU makes itself ready while rank 0 reads files
     path, model_config, port = leader.recv()
     tp = _join(rank, size, device, TCPStore(_LOOPBACK, port))
-    model = load_rank(config, path, model_config, device, tp)
+    model, _ = load_rank(config, path, model_config, device, tp)
     runner = make_runner(config, model_config, model, device, tp)
     gc.collect()
     gc.freeze()  # see engine_host.serve

@@ -19,10 +19,11 @@ from triton.runtime.jit import JITFunction
 
 
 @contextmanager
-def compiling(rehearse: Callable[[], None], device: torch.device) -> Iterator[None]:
+def compiling(rehearse: Callable[[], None], device: torch.device) -> Iterator[list[str]]:
     """Compile whatever ``rehearse`` launches, and load it on ``device``, while the block runs; that waits for the end.
 
-    A launch by ``rehearse`` runs nothing. A kernel that does not compile is left to fail where it is launched.
+    A launch by ``rehearse`` runs nothing. Gives the names of the variants that are ready after the block; one that does
+    not compile is left to fail where it is launched.
     """
     with _Threads(device) as threads, AsyncCompileMode(threads, ignore_errors=True):
         try:
@@ -30,7 +31,7 @@ def compiling(rehearse: Callable[[], None], device: torch.device) -> Iterator[No
                 rehearse()
         finally:
             threads.begun.set()
-        yield
+        yield threads.compiled
 
 
 class _Threads(ThreadPoolExecutor):
@@ -38,6 +39,7 @@ class _Threads(ThreadPoolExecutor):
 
     def __init__(self, device: torch.device) -> None:
         self.begun = Event()
+        self.compiled: list[str] = []
         super().__init__(initializer=self._begin, initargs=(device,))
 
     def _begin(self, device: torch.device) -> None:
@@ -45,13 +47,13 @@ class _Threads(ThreadPoolExecutor):
         torch.cuda.set_device(device)
 
     def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:  # type: ignore[override]
-        return super().submit(_compile_and_load, compile_kernel)
+        return super().submit(self._compile_and_load, compile_kernel)
 
-
-def _compile_and_load(compile_kernel: Callable[[], Any]) -> Any:
-    kernel = compile_kernel()
-    kernel.run  # noqa: B018  # loads the kernel, and compiles the C function that launches it
-    return kernel
+    def _compile_and_load(self, compile_kernel: Callable[[], Any]) -> Any:
+        kernel = compile_kernel()
+        kernel.run  # noqa: B018  # loads the kernel, and compiles the C function that launches it
+        self.compiled.append(kernel.name)
+        return kernel
 
 
 @contextmanager

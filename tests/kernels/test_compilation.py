@@ -71,19 +71,21 @@ def test_every_variant_is_there_when_the_block_ends(monkeypatch: pytest.MonkeyPa
         for size in (16, 32, 32, 64):
             kernel[(1,)](torch.empty(size, device=CPU), torch.empty(size, device=CPU), BLOCK=size)
 
-    with compiling(rehearse, CPU):
+    with compiling(rehearse, CPU) as compiled:
         launch = JITFunction.__getitem__
     variants = kernel.device_caches[0][0]
     assert sorted(variant.metadata.shared for variant in variants.values()) == [0, 0, 0]
     assert all(variant.asm["cubin"] for variant in variants.values())
     assert len(compiled_in) == 3
+    assert compiled == ["_add_kernel"] * 3
     assert threading.main_thread() not in compiled_in
     assert "compile_only" not in launch.__qualname__
 
 
 def test_a_kernel_that_does_not_compile_fails_where_it_is_launched() -> None:
     kernel = JITFunction(_broken_kernel)
-    with compiling(lambda: kernel[(1,)](torch.empty(16, device=CPU), BLOCK=16), CPU):
+    with compiling(lambda: kernel[(1,)](torch.empty(16, device=CPU), BLOCK=16), CPU) as compiled:
         pass
+    assert not compiled
     with pytest.raises(triton.CompilationError):
         kernel[(1,)](torch.empty(16, device=CPU), BLOCK=16)
