@@ -38,6 +38,12 @@ def test_help_imports_no_client() -> None:
     assert output.endswith("False\n")
 
 
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    command = f"{sys.executable} -c 'from weft.cli import main; main()' serve --help | true"
+    result = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, check=True)
+    assert result.stderr == ""
+
+
 @pytest.mark.parametrize("service", ["backend", "frontend"])
 def test_services_take_their_own_arguments(service: str) -> None:
     command = [sys.executable, "-c", "from weft.cli import main; main()", service, "--help"]

@@ -36,6 +36,8 @@ class LazyGroup(click.Group):
     def invoke(self, context: click.Context) -> object:
         try:
             return super().invoke(context)
+        except BrokenPipeError:  # a reader has read enough, as `head` does: click ends without a word
+            raise
         except Exception as error:
             from weft.errors import StartError, WeftError  # imports grpc: 0.1 s that --help need not wait for
 
