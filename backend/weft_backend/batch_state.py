@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from itertools import accumulate
 from struct import Struct
 
 import numpy as np
@@ -71,7 +72,7 @@ class BatchState:
         num_rows = max_num_seqs + 1
         self.padding_row = max_num_seqs
         self.max_model_len = max_model_len
-        self._max_stop_token_ids = max_stop_token_ids
+        self.record_size = _NUM_FIXED + max_stop_token_ids
 
         def table(*shape: int, dtype: torch.dtype = torch.int32, fill: int = 0) -> Tensor:
             return torch.full(shape, fill, dtype=dtype, device=device)
@@ -93,8 +94,28 @@ class BatchState:
     def start_rows(self, sequences: Items[Sequence], uploader: Uploader, ops: Ops) -> None:
         """Give the sequences' rows their tokens and sampling parameters, and let them run."""
         for batch in _batches(sequences):
-            token_ids = np.concatenate([sequence.token_ids for sequence in batch], dtype=np.int32)
-            ops.start_rows(self.tables, *uploader.upload(self._records(batch), token_ids))
+            words, number = uploader.upload(self.describe(batch), np.array([len(batch)], np.int32))
+            self.start_described(words, number, len(batch), ops)
+
+    def start_described(self, words: Tensor, number: Tensor, max_rows: int, ops: Ops) -> None:
+        """``start_rows`` of a ``number``, int32 [1], of rows that ``words``, of ``describe``, begin with.
+
+        It depends on nothing else on the host, so it can be captured.
+        """
+        records = words[: max_rows * self.record_size].view(max_rows, self.record_size)
+        ops.start_rows(self.tables, records, words, number)
+
+    def describe(self, sequences: Items[Sequence]) -> Int32Array:
+        """What the device has to know of sequences that begin, in one array: their records, then their tokens."""
+        lens = [len(sequence.token_ids) for sequence in sequences]
+        starts = list(accumulate(lens, initial=len(sequences) * self.record_size))
+        words = np.empty(starts[-1], np.int32)
+        records = words[: starts[0]].reshape(-1, self.record_size)
+        records.fill(-1)
+        for record, sequence, start in zip(records, sequences, starts, strict=False):
+            self._fill(record, sequence, start)
+            words[start : start + len(sequence.token_ids)] = sequence.token_ids
+        return words
 
     def adjustments(self, rows: Tensor) -> Adjustments:
         """Those of the rows, int32 ``[S]``."""
@@ -104,34 +125,29 @@ class BatchState:
         stop_ids = self.tables.stop_ids.index_select(0, rows)
         return Adjustments(presence, frequency, repetition, prompt_len, min_len, stop_ids)
 
-    def _records(self, sequences: Items[Sequence]) -> Int32Array:
-        """What ``Ops.start_rows`` gets of each."""
-        records = np.full((len(sequences), _NUM_FIXED + self._max_stop_token_ids), -1, np.int32)
-        first_token = 0
-        for record, sequence in zip(records, sequences, strict=True):
-            request, sampling = sequence.request, sequence.request.sampling
-            prompt_len, num_tokens = request.num_prompt_tokens, len(sequence.token_ids)
-            _FIXED.pack_into(
-                record.data,
-                0,
-                sequence.row,
-                first_token,
-                num_tokens,
-                stream_seed(sampling.seed, sequence.choice),
-                sampling.temperature,
-                sampling.top_p,
-                sampling.min_p,
-                sampling.presence_penalty,
-                sampling.frequency_penalty,
-                sampling.repetition_penalty,
-                sampling.top_k,
-                prompt_len,
-                prompt_len + sampling.min_tokens,
-                min(sequence.max_len, self.max_model_len),
-            )
-            record[_NUM_FIXED : _NUM_FIXED + len(sampling.stop_token_ids)] = sampling.stop_token_ids
-            first_token += num_tokens
-        return records
+    def _fill(self, record: Int32Array, sequence: Sequence, first_token: int) -> None:
+        """Fill in what ``Ops.start_rows`` gets of a sequence."""
+        request, sampling = sequence.request, sequence.request.sampling
+        prompt_len = request.num_prompt_tokens
+        _FIXED.pack_into(
+            record.data,
+            0,
+            sequence.row,
+            first_token,
+            len(sequence.token_ids),
+            stream_seed(sampling.seed, sequence.choice),
+            sampling.temperature,
+            sampling.top_p,
+            sampling.min_p,
+            sampling.presence_penalty,
+            sampling.frequency_penalty,
+            sampling.repetition_penalty,
+            sampling.top_k,
+            prompt_len,
+            prompt_len + sampling.min_tokens,
+            min(sequence.max_len, self.max_model_len),
+        )
+        record[_NUM_FIXED : _NUM_FIXED + len(sampling.stop_token_ids)] = sampling.stop_token_ids
 
 
 def _batches(sequences: Items[Sequence]) -> Iterator[list[Sequence]]:

@@ -22,8 +22,15 @@ from weft_backend.largest_step import largest_step
 from weft_backend.layers import SINGLE, TensorParallel
 from weft_backend.sampler import ROWS_AT_ONCE, LogprobTensors, RowExtras, adjust, score_parts
 from weft_backend.step import StepPlan, StepResult, TokenLogprobs
-from weft_backend.step_inputs import MAX_PAGE_UPDATES, Samples, StepInputs
-from weft_backend.upload import Uploader
+from weft_backend.step_inputs import (
+    MAX_NEW_ROWS,
+    MAX_NEW_WORDS,
+    MAX_PAGE_UPDATES,
+    NO_WORDS,
+    Samples,
+    StepInputs,
+)
+from weft_backend.upload import HostBuffer, Uploader
 from weft_kernels import BatchLayout, ops_for
 
 MAX_STOP_TOKEN_IDS = 144  # a request's (limits.max_stop_token_ids, 128) and the model's end-of-sequence ids
@@ -59,14 +66,17 @@ class LaunchedStep:
 
     plan: StepPlan
     samples: Samples
-    results: Tensor | None  # host int32 [2, at least S]: tokens and finish codes; None if no row samples
+    buffer: HostBuffer  # gets the results, int32 [2, num_columns]: tokens and finish codes
+    num_columns: int  # at least S
     logprobs: _Scores | None  # a token for each index
     prompt_logprobs: list[_Scores]  # one index each
-    done: torch.cuda.Event | None  # None: it is done
 
 
 class ModelRunner:
-    """Owns the device: the model's batch state, KV cache and CUDA graphs."""
+    """Owns the device: the model's batch state, KV cache and CUDA graphs.
+
+    A step is to be collected before ``NUM_BUFFERS`` more are launched.
+    """
 
     def __init__(
         self,
@@ -141,24 +151,21 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Queue a step; on a GPU it returns before the step is done, and never waits."""
         self._cache.apply(plan.page_moves, self._uploader, self._ops)
-        if plan.new_rows:
-            self._state.start_rows(plan.new_rows, self._uploader, self._ops)
-            self._extras.start_rows(plan.new_rows, self._uploader)
-        samples = self._load(plan)
+        samples, buffer = self._load(plan)
         hidden = self._forward(StepShape.of(plan)) if self._graphs is None else self._graphs.forward(plan)
+        self._extras.start_rows(plan.new_rows, self._uploader)  # the device is at work by now
         results, logprobs = self._sample_rows(samples) if len(samples.indices) else (None, None)
-        return self._download(plan, samples, results, logprobs, self._score_prompts(plan, hidden))
+        return self._download(plan, samples, buffer, results, logprobs, self._score_prompts(plan, hidden))
 
     def collect(self, launched: LaunchedStep) -> StepResult:
         """Wait for a step's results."""
-        if launched.done is not None:
-            launched.done.synchronize()
-        num_rows = len(launched.plan.rows)
+        launched.buffer.wait()
+        num_rows, indices = len(launched.plan.rows), launched.samples.indices
         token_ids = np.full(num_rows, -1, np.int32)
         finish_codes = np.zeros(num_rows, np.uint8)
-        if launched.results is not None:
-            indices = launched.samples.indices
-            token_ids[indices], finish_codes[indices] = launched.results.numpy()[:, : len(indices)]
+        if len(indices):
+            results = launched.buffer.array[self._inputs.first_result :][: 2 * launched.num_columns]
+            token_ids[indices], finish_codes[indices] = results.reshape(2, -1)[:, : len(indices)]
         logprobs: dict[int, TokenLogprobs] = {}
         if (scores := launched.logprobs) is not None:
             for place, (index, num_top) in enumerate(zip(scores.indices, scores.num_top, strict=True)):
@@ -169,14 +176,18 @@ class ModelRunner:
         }
         return StepResult(launched.plan.step, token_ids, finish_codes, logprobs, prompt_logprobs)
 
-    def _load(self, plan: StepPlan) -> Samples:
-        """Bring the plan to the device, in one copy."""
-        updates = plan.page_updates
+    def _load(self, plan: StepPlan) -> tuple[Samples, HostBuffer]:
+        """Bring the plan to the device, in one copy; before it, what that has no room for."""
+        updates, new_rows = plan.page_updates, plan.new_rows
         if len(updates) > MAX_PAGE_UPDATES:
             early, updates = updates[:-MAX_PAGE_UPDATES], updates[-MAX_PAGE_UPDATES:]
             on_device, number = self._uploader.upload(early, np.array([len(early)], np.int32))
             self._ops.update_pages(self._state.tables.page_table, on_device, number)
-        return self._inputs.load(plan, updates)
+        words = self._state.describe(new_rows) if 0 < len(new_rows) <= MAX_NEW_ROWS else NO_WORDS
+        if len(new_rows) > MAX_NEW_ROWS or len(words) > MAX_NEW_WORDS:
+            self._state.start_rows(new_rows, self._uploader, self._ops)
+            words, new_rows = NO_WORDS, []
+        return self._inputs.load(plan, updates, len(new_rows), words)
 
     def _forward(self, shape: StepShape) -> Tensor:
         """Hidden states ``[T, H]`` of the loaded step; those to sample from go to ``self._hidden``.
@@ -186,6 +197,7 @@ class ModelRunner:
         inputs, tables = self._inputs, self._state.tables
         rows, starts = inputs.rows[: shape.num_rows], inputs.starts[: shape.num_rows]
         query_starts = inputs.query_starts[: shape.num_rows + 1]
+        self._state.start_described(inputs.new_rows, inputs.num_new_rows, MAX_NEW_ROWS, self._ops)
         self._ops.update_pages(tables.page_table, inputs.page_updates, inputs.num_page_updates)
         token_ids, positions, slots, seq_lens = self._ops.lay_out(
             tables, rows, starts, query_starts, shape.num_tokens, shape.max_chunks, self._cache.page_size
@@ -218,11 +230,12 @@ class ModelRunner:
 
     def _sample_rows(self, samples: Samples) -> tuple[Tensor, _Scores | None]:
         """Sample, and score for those that ask; by a graph if every row samples plainly."""
-        adjusted = self._extras.adjusted(samples.rows, samples.positions)
-        scored = self._extras.scored(samples.rows)
+        if self._extras.any_of(samples.rows):
+            adjusted = self._extras.adjusted(samples.rows, samples.positions)
+            scored = self._extras.scored(samples.rows)
+            if len(adjusted) or len(scored):
+                return self._sample_with_extras(samples, adjusted, scored)
         num_samples = len(samples.rows)
-        if len(adjusted) or len(scored):
-            return self._sample_with_extras(samples, adjusted, scored)
         return self._sample(num_samples) if self._graphs is None else self._graphs.sample(num_samples), None
 
     def _sample_with_extras(
@@ -272,22 +285,20 @@ class ModelRunner:
         self,
         plan: StepPlan,
         samples: Samples,
+        buffer: HostBuffer,
         results: Tensor | None,
         logprobs: _Scores | None,
         prompt_logprobs: list[_Scores],
     ) -> LaunchedStep:
-        """Start copying the results to the host (PyTorch caches the pinned memory) and mark the end of the copies."""
-        launched = LaunchedStep(
-            plan,
-            samples,
-            None if results is None else results.to("cpu", non_blocking=True),
-            None if logprobs is None else logprobs.download(),
-            [scores.download() for scores in prompt_logprobs],
-            torch.cuda.Event() if self._device.type == "cuda" else None,  # type: ignore[no-untyped-call]
-        )
-        if launched.done is not None:
-            launched.done.record()
-        return launched
+        """Start copying the results to the host."""
+        num_columns = 0
+        if results is not None:
+            buffer.receive(results, self._inputs.first_result)
+            num_columns = results.shape[1]
+        logprobs = None if logprobs is None else logprobs.download()
+        prompt_logprobs = [scores.download() for scores in prompt_logprobs]
+        buffer.mark()
+        return LaunchedStep(plan, samples, buffer, num_columns, logprobs, prompt_logprobs)
 
     @torch.inference_mode()
     def _capture(self, max_num_batched_tokens: int) -> StepGraphs:

@@ -31,6 +31,7 @@ class RowExtras:
         self._vocab_size = vocab_size
         self._adjusts = np.zeros(max_num_seqs, np.bool_)
         self._min_lens = np.zeros(max_num_seqs, np.int32)
+        self._asks = np.zeros(max_num_seqs, np.bool_)  # for anything at all
         self.num_logprobs = np.full(max_num_seqs, -1, np.int32)  # -1: none
         self.biases: dict[int, Tensor] = {}  # float32 [V], -inf where an id is not allowed
 
@@ -41,9 +42,14 @@ class RowExtras:
             self._adjusts[row] = _adjusts(sampling)
             self._min_lens[row] = request.num_prompt_tokens + sampling.min_tokens
             self.num_logprobs[row] = -1 if sampling.logprobs is None else sampling.logprobs
+            self._asks[row] = self._adjusts[row] or sampling.min_tokens > 0 or sampling.logprobs is not None
             self.biases.pop(row, None)
             if sampling.logit_bias or sampling.allowed_token_ids:
                 (self.biases[row],) = uploader.upload(_bias(sampling, self._vocab_size))
+
+    def any_of(self, rows: Int32Array) -> bool:
+        """Whether one of the rows may ask for anything now."""
+        return bool(self._asks[rows].any())
 
     def adjusted(self, rows: Int32Array, positions: Int32Array) -> NDArray[np.intp]:
         """Indices of the rows whose logits change before the token at ``positions`` is chosen."""

@@ -95,8 +95,9 @@ class Ops(Protocol):
         depends on a row's own values alone, so batches do not matter.
         """
 
-    def start_rows(self, tables: RowTables, records: Tensor, token_ids: Tensor) -> None:
-        """Fill the tables of ``N`` rows that begin, all but their pages, and mark them as not finished.
+    def start_rows(self, tables: RowTables, records: Tensor, token_ids: Tensor, num_new_rows: Tensor) -> None:
+        """Fill the tables of rows that begin, all but their pages, and mark them as not finished: those of the first
+        ``num_new_rows`` (int32 [1]) of ``N`` records.
 
         int32 [N, 5 + C + K] records: the row, where its tokens begin in the int32 ``token_ids``, how many they are, the
         halves of its seed (the lower one first), its ``params`` and its ``stop_ids``. No row is named twice.

@@ -252,9 +252,9 @@ def copy_pages(kv_cache: Tensor, from_to: Tensor) -> None:
     kv_cache[:, :, from_to[:, 1]] = kv_cache[:, :, from_to[:, 0]]
 
 
-def start_rows(tables: RowTables, records: Tensor, token_ids: Tensor) -> None:
+def start_rows(tables: RowTables, records: Tensor, token_ids: Tensor, num_new_rows: Tensor) -> None:
     sizes = [3, 2, len(tables.params), tables.stop_ids.shape[1]]
-    heads, seeds, params, stop_ids = torch.split(records, sizes, dim=1)
+    heads, seeds, params, stop_ids = torch.split(records[: int(num_new_rows)], sizes, dim=1)
     for row, first, num_tokens in heads.tolist():
         tables.token_ids[row, :num_tokens] = token_ids[first : first + num_tokens]
     rows = heads[:, 0].long()

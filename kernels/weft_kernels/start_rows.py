@@ -14,10 +14,11 @@ BLOCK = 1024
 _ROW, _FIRST_TOKEN, _NUM_TOKENS, _SEED, _PARAMS = (tl.constexpr(place) for place in (0, 1, 2, 3, 5))
 
 
-@triton.jit(do_not_specialize_on_alignment=["records", "token_ids"])
+@triton.jit(do_not_specialize_on_alignment=["records", "token_ids", "num_new_rows"])
 def _start_rows_kernel(
     records: tl.tensor,
     token_ids: tl.tensor,
+    num_new_rows: tl.tensor,
     history: tl.tensor,  # int32 [R, HISTORY]
     finished: tl.tensor,
     stop_ids: tl.tensor,
@@ -29,6 +30,8 @@ def _start_rows_kernel(
     NUM_STOP_IDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
+    if tl.program_id(0) >= tl.load(num_new_rows):
+        return
     records += tl.program_id(0) * (_PARAMS + NUM_PARAMS + NUM_STOP_IDS)
     row = tl.load(records + _ROW).to(tl.int64)
     token_ids += tl.load(records + _FIRST_TOKEN)
@@ -47,13 +50,14 @@ def _start_rows_kernel(
     tl.store(finished + row, tl.full([], 0, tl.int1))
 
 
-def start_rows(tables: RowTables, records: Tensor, token_ids: Tensor) -> None:
-    """Fill the tables of rows that begin: int32 [N, 5 + C + K] records, int32 tokens. See ``Ops.start_rows``."""
+def start_rows(tables: RowTables, records: Tensor, token_ids: Tensor, num_new_rows: Tensor) -> None:
+    """Fill the tables of rows that begin: the first of int32 [N, 5 + C + K] records. See ``Ops.start_rows``."""
     assert all(t.is_contiguous() for t in (records, token_ids, tables.token_ids, tables.params, tables.stop_ids))
     (num_params, num_rows), num_stop_ids = tables.params.shape, tables.stop_ids.shape[1]
     _start_rows_kernel[(len(records),)](
         records,
         token_ids,
+        num_new_rows,
         tables.token_ids,
         tables.finished,
         tables.stop_ids,

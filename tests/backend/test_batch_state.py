@@ -29,9 +29,9 @@ def test_rows_begin_in_batches_that_bound_the_upload(monkeypatch: pytest.MonkeyP
     batches = []
 
     class CountingOps:
-        def start_rows(self, tables: RowTables, records: Tensor, token_ids: Tensor) -> None:
-            batches.append((len(records), len(token_ids)))
-            reference.start_rows(tables, records, token_ids)
+        def start_rows(self, tables: RowTables, records: Tensor, token_ids: Tensor, num_new_rows: Tensor) -> None:
+            batches.append((len(records), len(token_ids) - records.numel()))
+            reference.start_rows(tables, records, token_ids, num_new_rows)
 
     monkeypatch.setattr(batch_state, "TOKENS_AT_ONCE", 12)
     lens = [5, 7, 1, 30, 12, 3]

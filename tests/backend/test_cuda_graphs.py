@@ -22,7 +22,7 @@ from weft_backend.kv_cache import PageShape
 from weft_backend.model_runner import ModelRunner
 from weft_backend.scheduler import Scheduler
 from weft_backend.sequence import Request
-from weft_kernels import BatchLayout, SamplingTable, reference
+from weft_kernels import BatchLayout, RowTables, SamplingTable, reference
 
 VOCAB_SIZE = 97
 PAGE_SIZE = 4
@@ -93,6 +93,22 @@ def update_pages(page_table: Tensor, updates: Tensor, num_updates: Tensor) -> No
     page_table.view(-1)[at.long()] = pages
 
 
+def start_rows(tables: RowTables, records: Tensor, token_ids: Tensor, num_new_rows: Tensor) -> None:
+    """The twin without reading the number; the padding row takes the rest, and keeps what it has."""
+    sizes = [1, 1, 1, 2, len(tables.params), tables.stop_ids.shape[1]]
+    rows, first, num_tokens, seeds, params, stop_ids = torch.split(records, sizes, dim=1)
+    known = (torch.arange(len(records)) < num_new_rows)[:, None]
+    at = torch.where(known, rows, len(tables.finished) - 1)[:, 0].long()
+    columns = torch.arange(tables.token_ids.shape[1])
+    new_ids = token_ids[(first + columns).clamp(0, len(token_ids) - 1)]
+    all_seeds = tables.sampling.seeds.view(torch.int32).view(-1, 2)
+    tables.token_ids[at] = torch.where(known & (columns < num_tokens), new_ids, tables.token_ids[at])
+    all_seeds[at] = torch.where(known, seeds, all_seeds[at])
+    tables.params[:, at] = torch.where(known, params, tables.params.T[at]).T
+    tables.stop_ids[at] = torch.where(known, stop_ids, tables.stop_ids[at])
+    tables.finished[at] = tables.finished[at] & ~known[:, 0]
+
+
 def make_runner(**overrides: Any) -> ModelRunner:
     parameters: dict[str, Any] = {"device": torch.device("cpu"), "num_pages": 33, "enforce_eager": False}
     return ModelRunner(
@@ -116,13 +132,12 @@ def graphed(monkeypatch: pytest.MonkeyPatch) -> ModelRunner:
     monkeypatch.setattr(torch.cuda, "stream", lambda other: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
     monkeypatch.setattr(torch.cuda, "graph", record)
-    ops = SimpleNamespace(**vars(reference) | {"sample": plain_sample, "update_pages": update_pages})
+    changed = {"sample": plain_sample, "update_pages": update_pages, "start_rows": start_rows}
+    ops = SimpleNamespace(**vars(reference) | changed)
     monkeypatch.setattr(model_runner, "ops_for", lambda device: ops)
     runner = make_runner()
     run(runner, [make_request([5] * 20, max_tokens=1) for _ in range(3)])  # one step, larger than any graph
-    graphs = runner._graphs = runner._capture(max_num_batched_tokens=32)
-    sample = graphs.sample  # a GPU's results are copied to the host before the next replay; the CPU's need a copy
-    monkeypatch.setattr(graphs, "sample", lambda num_rows: sample(num_rows).clone())
+    runner._graphs = runner._capture(max_num_batched_tokens=32)
     return runner
 
 

@@ -10,6 +10,7 @@ import torch
 from driving import drive, generated, make_request
 from torch import Tensor
 
+from weft_backend import model_runner
 from weft_backend.cuda_graphs import StepShape
 from weft_backend.errors import StartupError
 from weft_backend.kv_cache import KVCache, PageShape, plan_for_cpu
@@ -80,7 +81,7 @@ def make_scheduler(runner: ModelRunner, max_num_batched_tokens: int = 32) -> Sch
 
 
 def start(request: Request, row: int, pages: list[int]) -> Sequence:
-    sequence = Sequence(request, 0, list(request.prompt_token_ids), page_ids=pages, row=row)
+    sequence = Sequence(request, 0, request.prompt_token_ids.copy(), page_ids=pages, row=row)
     request.sequences = [sequence]
     return sequence
 
@@ -114,6 +115,22 @@ def test_chunks_then_decode_steps_launched_ahead() -> None:
     results = [runner.collect(step) for step in launched]
     assert [int(result.token_ids[0]) for result in results] == [-1, *expected(prompt, 3)]
     assert all(result.finish_codes[0] == FinishCode.RUNNING for result in results)
+
+
+@pytest.mark.parametrize(("max_rows", "max_words"), [(3, 1 << 14), (2, 1 << 14), (3, 400)])
+def test_rows_begin_with_a_step_or_before_it(monkeypatch: pytest.MonkeyPatch, max_rows: int, max_words: int) -> None:
+    monkeypatch.setattr(model_runner, "MAX_NEW_ROWS", max_rows)
+    monkeypatch.setattr(model_runner, "MAX_NEW_WORDS", max_words)
+    runner = make_runner()
+    prompts = [[5, 9, 2], [7], [1, 2, 3, 4, 5]]
+    sequences = [
+        start(make_request(prompt, max_tokens=9), row=row + 2, pages=[2 * row, 2 * row + 1])
+        for row, prompt in enumerate(prompts)
+    ]
+    chunks = [(sequence, 0, len(sequence.token_ids)) for sequence in sequences]
+    chunks.sort(key=lambda chunk: chunk[2])
+    result = runner.collect(runner.launch(plan_of(chunks, new=True)))
+    assert result.token_ids.tolist() == [expected(prompt, 1)[0] for prompt in sorted(prompts, key=len)]
 
 
 def test_an_ended_row_is_masked_until_its_row_is_taken_again() -> None:
@@ -260,7 +277,7 @@ def test_pages_move_in_the_order_out_in_copy() -> None:
 
 
 def test_uploads_keep_shapes_types_and_values_while_buffers_are_used_again() -> None:
-    uploader = Uploader(CPU, num_slots=2, num_words=4)
+    uploader = Uploader(CPU, num_buffers=2, num_words=4)
     arrays = [
         np.arange(3, dtype=np.int32),
         np.array([-(2**40), 2**62]),

@@ -33,7 +33,7 @@ def make_tables(device: torch.device) -> RowTables:
 
 
 @pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize("num_tokens", [{7: 5}, {2: MAX_LEN, 5: 1, 0: 16}, {3: 17, 2: 32, 1: 33, 0: 0}])
+@pytest.mark.parametrize("num_tokens", [{}, {7: 5}, {2: MAX_LEN, 5: 1, 0: 16}, {3: 17, 2: 32, 1: 33, 0: 0}])
 def test_rows_begin(
     name: str, num_tokens: dict[int, int], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,8 +50,10 @@ def test_rows_begin(
         expected.stop_ids[row] = torch.tensor(stop_ids)
         expected.sampling.seeds[row] = seed
         expected.finished[row] = False
+    records += [[row, 0, 4, *[5] * (2 + NUM_PARAMS + NUM_STOP_IDS)] for row in (4, 6)]  # not counted
     words, packed = torch.tensor(token_ids, dtype=torch.int32), torch.tensor(records).to(torch.int32)
-    OPS[name].start_rows(tables, packed.to(device), words.to(device))
+    number = torch.tensor([len(num_tokens)], dtype=torch.int32, device=device)
+    OPS[name].start_rows(tables, packed.to(device), words.to(device), number)
     for table in ("token_ids", "page_table", "finished", "stop_ids", "params"):
         assert torch.equal(getattr(tables, table), getattr(expected, table)), table
     assert torch.equal(tables.sampling.seeds, expected.sampling.seeds)
