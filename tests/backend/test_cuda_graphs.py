@@ -172,9 +172,9 @@ def test_bucket_sizes_end_at_the_largest_step() -> None:
     assert decode_sizes(256)[-3:] == [224, 240, 256]
     assert decode_sizes(300)[-2:] == [288, 300]
     assert mixed_sizes(20) == [16, 20]
-    assert mixed_sizes(2048)[-2:] == [1920, 2048]
-    assert mixed_sizes(8192)[-9:] == [4096, 4608, 5120, 5632, 6144, 6656, 7168, 7680, 8192]
-    assert mixed_sizes(5000)[-3:] == [4096, 4608, 5000]
+    assert mixed_sizes(2048)[-2:] == [1952, 2048]
+    assert mixed_sizes(8192)[-9:] == [4128, 4640, 5152, 5664, 6176, 6688, 7200, 7712, 8192]
+    assert mixed_sizes(5000)[-3:] == [4128, 4640, 5000]
 
 
 @pytest.mark.gpu
