@@ -1,6 +1,7 @@
 """Linear layers with what stands around them: the norm before, and activation and residual sum after.
 
-Few tokens go through kernels that stream the weights (``mma_linear``, ``wgmma_linear``), more through the library.
+Few tokens go through kernels that stream the weights (``mma_linear``, ``wgmma_linear``, ``wide_linear``), more through
+the library.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft_kernels.launch import is_hopper, num_sms
-from weft_kernels.linear_tiles import mma_tile, wgmma_tile
+from weft_kernels.linear_tiles import mma_tile, wgmma_tile, wide_tile
 from weft_kernels.mma_linear import mma_linear
 from weft_kernels.norm import normalize, quantize
 from weft_kernels.ops import Activation, Norm
 from weft_kernels.silu_and_mul import silu_and_mul
 from weft_kernels.tiled_matmul import silu_matmul, suits_tiles
 from weft_kernels.wgmma_linear import wgmma_linear
+from weft_kernels.wide_linear import wide_linear
 
 
 def linear(
@@ -44,9 +46,11 @@ def linear(
         if norm is not None:
             x = normalize(x, norm)
         if on_hopper and (bias is None or activation != "silu_and_mul"):
-            wide_tile = wgmma_tile(num_tokens, num_outputs, size, activation, num_sms(x.device))
-            if wide_tile is not None:
-                return wgmma_linear(x, weight, bias, residual, activation, wide_tile)
+            sizes = (num_tokens, num_outputs, size, activation, num_sms(x.device))
+            if (few := wgmma_tile(*sizes)) is not None:
+                return wgmma_linear(x, weight, bias, residual, activation, few)
+            if (some := wide_tile(*sizes)) is not None:
+                return wide_linear(x, weight, bias, residual, activation, some)
             if activation == "silu_and_mul" and suits_tiles(num_tokens, num_outputs // 2, size, num_sms(x.device)):
                 y = silu_matmul(x, weight)
                 return y if residual is None else residual.add_(y)

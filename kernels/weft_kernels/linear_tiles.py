@@ -5,9 +5,10 @@ from __future__ import annotations
 from weft_kernels.mma_linear import MmaTile
 from weft_kernels.ops import Activation
 from weft_kernels.wgmma_linear import WgmmaTile, block_t
+from weft_kernels.wide_linear import WideTile
 
 MAX_MMA_TOKENS = 8
-MAX_WGMMA_TOKENS = 128
+MAX_WGMMA_TOKENS = 64
 
 
 def mma_tile(num_tokens: int, num_outputs: int, size: int, num_sms: int) -> MmaTile | None:
@@ -43,3 +44,36 @@ def _num_splits(num_blocks: int, size: int, num_sms: int) -> int:
             break
         splits *= 2
     return splits
+
+
+def wide_tile(
+    num_tokens: int, num_outputs: int, size: int, activation: Activation | None, num_sms: int
+) -> WideTile | None:
+    """The tile for ``wide_linear``; None: another way is faster, or K is no multiple of 8.
+
+    H200, all layers of a step, ms, beside ``wgmma_linear`` up to 128 tokens and the library for more: 8B 4.11 (5.77)
+    for 80 tokens, 4.28 (4.42) for 128, 4.52 (4.79) for 144, 4.82 (5.45) for 192, 6.04 (6.47) for 224, 5.87 (5.77) for
+    256; 0.6B 0.88 (0.97) for 192, OPT 0.30 (0.38).
+    """
+    is_large = size >= 4096
+    if size % 8 or not MAX_WGMMA_TOKENS < num_tokens <= (240 if is_large else 256):
+        return None
+    gated = activation == "silu_and_mul"
+    block_n = 128 if gated or _use(-(-num_outputs // 128), num_sms) > 0.75 else 64
+    num_tiles, block_tokens = -(-num_outputs // block_n), num_tokens
+    if num_tokens > (128 if size <= 1024 else 192) and not is_large and 2 * num_tiles <= num_sms:
+        num_tiles, block_tokens = 2 * num_tiles, -(-num_tokens // 2)
+    num_splits = 1
+    while num_splits < 4 and 2 * num_splits * num_tiles <= num_sms and size >= 2048 and not gated:
+        num_splits *= 2
+    if num_tokens > 128 and is_large and _use(num_tiles * num_splits, num_sms) < 0.7:
+        return None  # 13B's output projection, 192 tokens: 26 us, by the library 21
+    first = 64 if block_tokens <= 128 else 128
+    second = max(32, 1 << (block_tokens - first - 1).bit_length())
+    step_bytes = 2 * 64 * (block_n + first + second)
+    return WideTile(block_n, first, second, num_splits, min(12, 218 * 1024 // step_bytes))
+
+
+def _use(num_programs: int, num_sms: int) -> float:
+    """The share of the GPU that so many programs keep busy."""
+    return num_programs / (-(-num_programs // num_sms) * num_sms)

@@ -181,9 +181,9 @@ def wgmma_linear(
     activation: Activation | None,
     tile: WgmmaTile,
 ) -> Tensor:
-    """``Ops.linear`` without its norm, of 1 to 128 tokens and weights of 16 bits; silu_and_mul without a bias."""
+    """``Ops.linear`` without its norm, of 1 to 64 tokens and weights of 16 bits; silu_and_mul without a bias."""
     (num_tokens, size), num_outputs = x.shape, weight.shape[0]
-    assert 0 < num_tokens <= 128
+    assert 0 < num_tokens <= 64
     assert weight.shape[1] == size
     assert size % tile.block_k == 0
     assert x.is_contiguous()

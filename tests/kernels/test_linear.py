@@ -15,6 +15,7 @@ from weft_kernels import Activation, Norm, reference, triton_ops
 from weft_kernels.launch import is_hopper
 from weft_kernels.mma_linear import MmaTile, mma_linear
 from weft_kernels.wgmma_linear import WgmmaTile, wgmma_linear
+from weft_kernels.wide_linear import WideTile, wide_linear
 
 ERROR = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 OPS = {"twin": reference, "triton": triton_ops}
@@ -78,6 +79,10 @@ class Layer:
     def run_wgmma(self, tile: WgmmaTile) -> Tensor:
         residual = None if self.residual is None else self.residual.clone()
         return wgmma_linear(self.x, self.weight, self.bias, residual, self.activation, tile)
+
+    def run_wide(self, tile: WideTile) -> Tensor:
+        residual = None if self.residual is None else self.residual.clone()
+        return wide_linear(self.x, self.weight, self.bias, residual, self.activation, tile)
 
 
 MakeLayer = Callable[..., Layer]
@@ -172,7 +177,7 @@ def test_no_overflow_in_front_of_a_norm(make_layer: MakeLayer, error: Any) -> No
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("num_tokens", [1, 17, 64, 127])
+@pytest.mark.parametrize("num_tokens", [1, 17, 64])
 @pytest.mark.parametrize("tile", [WgmmaTile(64, 64, 8, 6), WgmmaTile(128, 128, 4, 3), WgmmaTile(64, 64, 1, 5)])
 def test_wgmma_tiles(
     dtype: torch.dtype, kind: dict[str, Any], num_tokens: int, tile: WgmmaTile, make_layer: MakeLayer, error: Any
@@ -183,6 +188,34 @@ def test_wgmma_tiles(
     first = layer.run_wgmma(tile)
     assert error(first, layer.expected) < ERROR[dtype]
     assert torch.equal(layer.run_wgmma(tile), first)  # the counters are zero again
+
+
+# A tile for all tokens, and several; more tiles than programs; as few tokens as a piece has.
+WIDE = [(WideTile(64, 64, 32, 4, 10), 64), (WideTile(64, 128, 64, 2, 6), 131), (WideTile(128, 64, 64, 1, 6), 300)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(("tile", "num_tokens"), WIDE, ids=str)
+@pytest.mark.parametrize("num_outputs", [472, 8216])
+def test_wide_tiles(
+    dtype: torch.dtype,
+    kind: dict[str, Any],
+    tile: WideTile,
+    num_tokens: int,
+    num_outputs: int,
+    make_layer: MakeLayer,
+    error: Any,
+) -> None:
+    if kind.get("activation") == "silu_and_mul":
+        tile = tile._replace(block_n=128)
+    if num_outputs > 472:
+        tile = tile._replace(num_splits=1)
+    layer = make_layer(num_tokens, num_outputs, 1400, dtype=dtype, **(kind | {"norm": None}))
+    first = layer.run_wide(tile)
+    assert error(first, layer.expected) < ERROR[dtype]
+    assert torch.equal(layer.run_wide(tile), first)  # the counters are zero again
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -198,7 +231,7 @@ def test_fp8_weights(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens", [1, 8, 9, 64, 100])
+@pytest.mark.parametrize("num_tokens", [1, 8, 9, 64, 65, 144, 200, 256])
 @pytest.mark.parametrize("size", [(6144, 4096), (4096, 14336), (1024, 3072), (50272, 768)], ids=str)
 def test_realistic_sizes(num_tokens: int, size: tuple[int, int], make_layer: MakeLayer, error: Any) -> None:
     for kind in KINDS:

@@ -1,0 +1,248 @@
+"""The linear layers of 65 to 256 tokens in Gluon, for Hopper: large tiles, and weights that come before their turn.
+
+As in ``wgmma_linear`` the product is weights times activations. A tile is ``BLOCK_N`` rows of weights by a block of
+tokens, in two pieces, each a power of two. Where tokens are fewer, a piece begins earlier and leaves out what the one
+before it has: a copy from beyond the tensor takes long (8B, 80 tokens in a box of 128: all layers 5.8 ms for 4.1).
+
+A program on each multiprocessor makes every so-manyth tile. Its warps take roles: a producer copies by TMA, 64 columns
+of K a stage, and of two consumers, a warpgroup each, each has a piece of the tokens. Programs with a stretch of K each
+leave their sums in ``partials`` and add up their shares of the tokens (``split_sums``).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from weft_kernels.gluon_names import SWIZZLED, async_load
+from weft_kernels.launch import num_sms
+from weft_kernels.linear_epilogue import finish
+from weft_kernels.ops import Activation
+from weft_kernels.split_sums import share_sums
+
+BLOCK_K = gl.constexpr(64)
+
+
+class WideTile(NamedTuple):
+    """Rows of weights of a tile (64 or 128; for silu_and_mul 128, half of them gates), tokens of the two pieces (at
+    least 16, and 8 a split), stretches of K (1, 2 or 4), and steps in shared memory at a time."""
+
+    block_n: int
+    first: int
+    second: int
+    num_splits: int
+    num_stages: int
+
+
+@gluon.jit
+def _wait_for_inputs() -> None:
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _copy_weights(  # type: ignore[no-untyped-def]
+    weight, block, width, k, loaded, rows: gl.shared_memory_descriptor, wanted
+) -> None:
+    """Start the copy of a block's rows, or of its gates and its ups."""
+    OWNED: gl.constexpr = weight.block_shape[0]
+    async_load(weight, [block * OWNED, k], loaded, rows.slice(0, OWNED), pred=wanted)
+    if rows.shape[0] > OWNED:
+        async_load(weight, [width + block * OWNED, k], loaded, rows.slice(OWNED, OWNED), pred=wanted)
+
+
+@gluon.jit
+def _place(item, num_tokens, shape: gl.tuple, SPLITS: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Of a program's item: block of weights, steps, and of both pieces where their tokens begin and which come first
+    that no other piece has."""
+    num_steps, num_blocks = shape
+    tile, split = item // SPLITS, item % SPLITS
+    steps = (num_steps * split // SPLITS, num_steps * (split + 1) // SPLITS)
+    own = tile // num_blocks * (P0 + P1)
+    piece0 = (gl.minimum(own, num_tokens - P0), own)
+    piece1 = (gl.minimum(own + P0, num_tokens - P1), own + P0)
+    return tile % num_blocks, steps, piece0, piece1
+
+
+@gluon.jit
+def _produce(  # type: ignore[no-untyped-def]
+    weight, x0, x1, sizes: gl.tuple, ring: gl.tuple, SPLITS: gl.constexpr
+) -> None:
+    num_tokens, width, num_items, shape = sizes
+    weights, inputs0, inputs1, full, empty = ring
+    STAGES: gl.constexpr = weights.shape[0]
+    P0: gl.constexpr = x0.block_shape[0]
+    P1: gl.constexpr = x1.block_shape[0]
+    BYTES: gl.constexpr = (weights.shape[1] + P0 + P1) * BLOCK_K * 2
+    block, steps, _, _ = _place(gl.program_id(0), num_tokens, shape, SPLITS, P0, P1)
+    ahead = gl.minimum(steps[1] - steps[0], STAGES)
+    for i in range(ahead):
+        mbarrier.expect(full.index(i), BYTES)
+        _copy_weights(weight, block, width, (steps[0] + i) * BLOCK_K, full.index(i), weights.index(i), True)
+    _wait_for_inputs()
+    step = 0
+    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        block, steps, piece0, piece1 = _place(item, num_tokens, shape, SPLITS, P0, P1)
+        for k in range(steps[0], steps[1]):
+            stage = step % STAGES
+            loaded = full.index(stage)
+            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+            mbarrier.expect(loaded, BYTES, pred=step >= ahead)
+            _copy_weights(weight, block, width, k * BLOCK_K, loaded, weights.index(stage), step >= ahead)
+            async_load(x0, [piece0[0], k * BLOCK_K], loaded, inputs0.index(stage))
+            async_load(x1, [piece1[0], k * BLOCK_K], loaded, inputs1.index(stage))
+            step += 1
+
+
+@gluon.jit
+def _consume(
+    tensors: gl.tuple, sums: gl.tuple, sizes: gl.tuple, ring: gl.tuple, ACTIVATION: gl.constexpr, SPLITS: gl.constexpr,
+    CONSUMER: gl.constexpr,
+) -> None:  # fmt: skip
+    num_tokens, width, num_items, shape = sizes
+    weights, inputs0, inputs1, full, empty = ring
+    inputs = inputs1 if CONSUMER else inputs0
+    STAGES: gl.constexpr = weights.shape[0]
+    N: gl.constexpr = weights.shape[1]
+    P: gl.constexpr = inputs.shape[1]
+    P0: gl.constexpr = inputs0.shape[1]
+    P1: gl.constexpr = inputs1.shape[1]
+    OWNED: gl.constexpr = N // 2 if ACTIVATION == "silu_and_mul" else N
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, P, 16])
+    _wait_for_inputs()
+    step = 0
+    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        block, steps, piece0, piece1 = _place(item, num_tokens, shape, SPLITS, P0, P1)
+        token, own = piece1 if CONSUMER else piece0
+        acc = gl.zeros([N, P], gl.float32, layout)
+        for k in range(steps[0], steps[1]):
+            stage = step % STAGES
+            mbarrier.wait(full.index(stage), step // STAGES & 1)
+            acc = warpgroup_mma(weights.index(stage), inputs.index(stage).permute([1, 0]), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, [acc])  # the product before has left its stage
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > steps[0])
+            step += 1
+        acc = warpgroup_mma_wait(0, [acc])
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+        if SPLITS > 1:
+            partials, counters = sums
+            split = item % SPLITS
+            partials += (item // SPLITS).to(gl.int64) * (SPLITS * N * (P0 + P1)) + CONSUMER * (SPLITS * N * P0)
+            acc = share_sums(acc, partials, counters + item // SPLITS * 2 + CONSUMER, split, SPLITS)
+            token += split * (P // SPLITS)
+        finish(acc, tensors, block * OWNED, token, own, num_tokens, width, ACTIVATION)
+
+
+@gluon.jit(do_not_specialize=["num_tokens"])
+def _wide_linear_kernel(  # type: ignore[no-untyped-def]
+    weight: tma.tensor_descriptor,  # [N, K]
+    x0: tma.tensor_descriptor,  # [T, K], a box of the first piece
+    x1: tma.tensor_descriptor,  # of the second
+    bias,  # [N] or None
+    residual,  # [T, N] or None
+    out,  # [T, N], or [T, N / 2] for silu_and_mul; may be the residual
+    partials,  # float32 [tiles, SPLITS * BLOCK_N * (P0 + P1)]; None for one split
+    counters,  # int32, all zero
+    num_tokens,
+    width,  # columns of out
+    num_columns,  # K
+    ACTIVATION: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    SPLITS: gl.constexpr,
+    NUM_STAGES: gl.constexpr,
+    num_warps: gl.constexpr,
+) -> None:
+    P0: gl.constexpr = x0.block_shape[0]
+    P1: gl.constexpr = x1.block_shape[0]
+    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+    weights = gl.allocate_shared_memory(weight.dtype, [NUM_STAGES, BLOCK_N, BLOCK_K], weight.layout)
+    inputs0 = gl.allocate_shared_memory(weight.dtype, [NUM_STAGES, P0, BLOCK_K], x0.layout)
+    inputs1 = gl.allocate_shared_memory(weight.dtype, [NUM_STAGES, P1, BLOCK_K], x1.layout)
+    full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(NUM_STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    fence_async_shared()
+    num_blocks = gl.cdiv(width, weight.block_shape[0])
+    num_items = num_blocks * gl.cdiv(num_tokens, P0 + P1) * SPLITS
+    sizes = (num_tokens, width, num_items, (gl.cdiv(num_columns, BLOCK_K), num_blocks))
+    tensors, ring, sums = (bias, residual, out), (weights, inputs0, inputs1, full, empty), (partials, counters)
+    gl.warp_specialize(
+        [
+            (_consume, (tensors, sums, sizes, ring, ACTIVATION, SPLITS, 0)),
+            (_consume, (tensors, sums, sizes, ring, ACTIVATION, SPLITS, 1)),
+            (_produce, (weight, x0, x1, sizes, ring, SPLITS)),
+        ],
+        [4, 1],  # warps, and below registers of a thread, of the second consumer and the producer
+        [232, 40],
+    )
+
+
+@functools.cache
+def _counters(device: torch.device) -> Tensor:
+    """Each launch leaves them at zero, and of launches on a stream one ends before the next counts."""
+    return torch.zeros(2 * num_sms(device), dtype=torch.int32, device=device)
+
+
+def wide_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: Activation | None,
+    tile: WideTile,
+) -> Tensor:
+    """``Ops.linear`` without its norm, of at least the tokens of a piece and weights of 16 bits, K a multiple of 8;
+    silu_and_mul without a bias."""
+    (num_tokens, size), num_outputs = x.shape, weight.shape[0]
+    assert num_tokens >= max(tile.first, tile.second)
+    assert weight.shape[1] == size
+    assert x.is_contiguous()
+    assert weight.is_contiguous()
+    width, owned = num_outputs, tile.block_n
+    if activation == "silu_and_mul":
+        assert bias is None
+        width, owned = width // 2, owned // 2
+    out = x.new_empty((num_tokens, width)) if residual is None else residual
+    num_tiles = triton.cdiv(width, owned) * triton.cdiv(num_tokens, tile.first + tile.second)
+    partials = None
+    if tile.num_splits > 1:
+        # Programs that wait for each other must all stand on the GPU at once, for which one a multiprocessor is enough.
+        assert num_tiles * tile.num_splits <= num_sms(x.device)
+        shape = (num_tiles, tile.num_splits * tile.block_n * (tile.first + tile.second))
+        partials = torch.empty(shape, dtype=torch.float32, device=x.device)
+    num_rounds = triton.cdiv(num_tiles * tile.num_splits, num_sms(x.device))
+    _wide_linear_kernel[(triton.cdiv(num_tiles * tile.num_splits, num_rounds),)](
+        TensorDescriptor.from_tensor(weight, [owned, BLOCK_K.value], SWIZZLED),
+        TensorDescriptor.from_tensor(x, [tile.first, BLOCK_K.value], SWIZZLED),
+        TensorDescriptor.from_tensor(x, [tile.second, BLOCK_K.value], SWIZZLED),
+        bias,
+        residual,
+        out,
+        partials,
+        _counters(x.device),
+        num_tokens,
+        width,
+        size,
+        ACTIVATION=activation,
+        BLOCK_N=tile.block_n,
+        SPLITS=tile.num_splits,
+        NUM_STAGES=tile.num_stages,
+        num_warps=4,
+        launch_pdl=True,
+    )
+    return out
