@@ -52,11 +52,11 @@ def wide_tile(
     """The tile for ``wide_linear``; None: another way is faster, or K is no multiple of 8.
 
     H200, all layers of a step, ms, beside ``wgmma_linear`` up to 128 tokens and the library for more: 8B 4.11 (5.77)
-    for 80 tokens, 4.28 (4.42) for 128, 4.52 (4.79) for 144, 4.82 (5.45) for 192, 6.04 (6.47) for 224, 5.87 (5.77) for
-    256; 0.6B 0.88 (0.97) for 192, OPT 0.30 (0.38).
+    for 80 tokens, 4.40 (4.54) for 128, 4.52 (4.79) for 144, 4.96 (5.54) for 192, 6.15 (6.60) for 224, 6.74 (6.68) for
+    240; 0.6B 0.88 (0.98) for 192, 0.99 (1.02) for 256, OPT 0.29 (0.38), 0.30 (0.38).
     """
     is_large = size >= 4096
-    if size % 8 or not MAX_WGMMA_TOKENS < num_tokens <= (240 if is_large else 256):
+    if size % 8 or not MAX_WGMMA_TOKENS < num_tokens <= (224 if is_large else 256):
         return None
     gated = activation == "silu_and_mul"
     block_n = 128 if gated or _use(-(-num_outputs // 128), num_sms) > 0.75 else 64
@@ -69,7 +69,7 @@ def wide_tile(
     if num_tokens > 128 and is_large and _use(num_tiles * num_splits, num_sms) < 0.7:
         return None  # 13B's output projection, 192 tokens: 26 us, by the library 21
     first = 64 if block_tokens <= 128 else 128
-    second = max(32, 1 << (block_tokens - first - 1).bit_length())
+    second = max(16, 8 * num_splits, 1 << (block_tokens - first - 1).bit_length())
     step_bytes = 2 * 64 * (block_n + first + second)
     return WideTile(block_n, first, second, num_splits, min(12, 218 * 1024 // step_bytes))
 

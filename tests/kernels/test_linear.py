@@ -209,7 +209,7 @@ def test_wide_tiles(
     error: Any,
 ) -> None:
     if kind.get("activation") == "silu_and_mul":
-        tile = tile._replace(block_n=128)
+        tile = tile._replace(block_n=128, num_stages=4)
     if num_outputs > 472:
         tile = tile._replace(num_splits=1)
     layer = make_layer(num_tokens, num_outputs, 1400, dtype=dtype, **(kind | {"norm": None}))
