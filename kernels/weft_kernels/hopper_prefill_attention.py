@@ -1,14 +1,16 @@
 """Causal attention of prefill chunks on Hopper, in Gluon: copies, products and softmax at the same time.
 
-A program on each multiprocessor takes tiles of 128 score rows until none is left. Its warps take roles. A producer
-(``hopper_prefill_copies``) copies queries and pages to shared memory by TMA, a tile and 256 keys ahead. Two consumers,
+A program on each multiprocessor takes items of 128 score rows until none is left. Its warps take roles. A producer
+(``hopper_prefill_copies``) copies queries and pages to shared memory by TMA, an item and 256 keys ahead. Two consumers,
 a warpgroup each, take half of the score rows each. A consumer starts the scores of a tile of keys before it adds the
 values of the tile before, so the tensor cores work while it takes the softmax (Shah et al., FlashAttention-3, 2024,
 section 3.2). Keys run backwards: tiles across the diagonal are masked, then come those that every query sees, then
 those that leave some query's window.
 
-H200, 32 and 8 heads of 128: 8 x 1,024 tokens take 153 us and 16 x 512 99, where a program for each tile, which begins
-with copying its queries and ends with writing its sums, took 186 and 137.
+H200, 32 and 8 heads of 128: 8 x 1,024 tokens took 153 us and 16 x 512 99, where a program for each tile, which begins
+with copying its queries and ends with writing its sums, took 186 and 137. With 16 and 8 heads, halves of two tiles to
+an item, and softmax, sums and rounding where the comments below say, 1,024 tokens went from 21.5 to 17.9 us and
+8 x 1,024 from 85 to 79.
 """
 
 from __future__ import annotations
@@ -29,7 +31,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from weft_kernels.gluon_names import SWIZZLED, barrier
-from weft_kernels.hopper_prefill_copies import count_items, find_tile, make_cut, make_query_ring, make_ring, produce
+from weft_kernels.hopper_prefill_copies import (
+    count_items,
+    limit_keys,
+    make_cut,
+    make_query_ring,
+    make_ring,
+    produce,
+    take_item,
+)
 from weft_kernels.launch import is_hopper, num_sms
 from weft_kernels.layout import BatchLayout
 
@@ -46,6 +56,12 @@ def _wait_full(ring: gl.tuple, step: gl.tensor, CUT: gl.constexpr) -> gl.shared_
 @gluon.jit
 def _release(ring: gl.tuple, step: gl.tensor, CUT: gl.constexpr) -> None:
     mbarrier.arrive(ring[3].index(step % CUT.stages), count=1)
+
+
+@gluon.jit
+def _sum_of_thread(score: gl.tensor, CUT: gl.constexpr) -> gl.tensor:
+    """[rows, keys] -> [rows, 4]: sums over the columns of each of the four threads that share a row."""
+    return gl.sum(gl.sum(score.reshape([CUT.rows, CUT.keys // 8, 4, 2]), axis=3), axis=1)
 
 
 @gluon.jit
@@ -72,7 +88,10 @@ def _softmax(
         shift = gl.where(new_maximum == float("-inf"), 0.0, shift)
     weight = gl.exp2(score * scale_log2 - shift[:, None])
     decay = gl.exp2(maximum * scale_log2 - shift)
-    return weight, decay, new_maximum, total * decay + gl.sum(weight, axis=1)
+    part = _sum_of_thread(weight, CUT)
+    layout: gl.constexpr = part.type.layout
+    total = total * gl.convert_layout(decay, gl.SliceLayout(1, layout))[:, None] + part
+    return weight, decay, new_maximum, total
 
 
 @gluon.jit
@@ -89,6 +108,16 @@ def _clear_beyond(seq_len: gl.tensor, ring: gl.tuple, step: gl.tensor, CUT: gl.c
 
 
 @gluon.jit
+def _start_adding(
+    weight: gl.tensor, value_tile: gl.shared_memory_descriptor, acc: gl.tensor, decay: gl.tensor, CUT: gl.constexpr
+) -> gl.tensor:
+    """``acc * decay + weight @ value_tile``, to be waited for. Decay and rounding run beside the scores' product."""
+    acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, CUT.acc))[:, None]
+    rounded = gl.convert_layout(weight.to(value_tile.dtype), CUT.weight)
+    return warpgroup_mma(rounded, value_tile, acc, is_async=True)
+
+
+@gluon.jit
 def _attend(
     query: gl.shared_memory_descriptor,
     limits: gl.tuple,
@@ -97,21 +126,20 @@ def _attend(
     scale_log2: gl.tensor,
     keys: gl.tuple,
     values: gl.tuple,
+    sums: gl.shared_memory_descriptor,
     step: gl.tensor,
     CUT: gl.constexpr,
 ) -> gl.tuple:
     """(values summed by weight, sums of weights, next step) after all key tiles, of which there is at least one."""
     low, common_low, common_high, high = limits
-    dtype: gl.constexpr = query.dtype
     zero = gl.zeros([CUT.rows, CUT.keys], gl.float32, CUT.score)
     maximum = gl.full([CUT.rows], float("-inf"), gl.float32, gl.SliceLayout(1, CUT.score))
-    total = gl.zeros([CUT.rows], gl.float32, gl.SliceLayout(1, CUT.score))
+    total = _sum_of_thread(zero, CUT)
     acc = gl.zeros([CUT.rows, CUT.dim], gl.float32, CUT.acc)
     score = warpgroup_mma(query, _wait_full(keys, step, CUT).permute([1, 0]), zero, use_acc=False)
     _release(keys, step, CUT)
     last_key = (high - 1) * CUT.keys
     weight, decay, maximum, total = _softmax(score, last_key, last_seen, scale_log2, maximum, total, True, CUT)
-    weight = gl.convert_layout(weight.to(dtype), CUT.weight)
     if (seq_len % CUT.box != 0) & (high * CUT.keys > seq_len):
         _clear_beyond(seq_len, values, step, CUT)
     for stretch in gl.static_range(3 if CUT.window > 0 else 2):
@@ -124,67 +152,81 @@ def _attend(
         for i in range(last - first):
             key_tile = _wait_full(keys, step + 1, CUT).permute([1, 0])
             score = warpgroup_mma(query, key_tile, zero, use_acc=False, is_async=True)
-            acc = warpgroup_mma(weight, _wait_full(values, step, CUT), acc, is_async=True)
+            acc = _start_adding(weight, _wait_full(values, step, CUT), acc, decay, CUT)
             score = warpgroup_mma_wait(1, [score])
-            _release(keys, step + 1, CUT)
             first_key = (last - 1 - i) * CUT.keys
-            next_weight, decay, maximum, total = _softmax(
+            weight, decay, maximum, total = _softmax(
                 score, first_key, last_seen, scale_log2, maximum, total, stretch != 1, CUT
             )
-            next_weight = gl.convert_layout(next_weight.to(dtype), CUT.weight)
+            # The assembler moves the softmax behind the wait for the products, but not behind a barrier (that of
+            # ``_release``) if a store in front of the barrier needs it.
+            sums.store(total)
+            _release(keys, step + 1, CUT)
             acc = warpgroup_mma_wait(0, [acc])
             _release(values, step, CUT)
-            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, CUT.acc))[:, None]
-            weight = next_weight
             step += 1
-    acc = warpgroup_mma(weight, _wait_full(values, step, CUT), acc)
+    acc = warpgroup_mma_wait(0, [_start_adding(weight, _wait_full(values, step, CUT), acc, decay, CUT)])
     _release(values, step, CUT)
+    total = gl.convert_layout(gl.sum(total, axis=1), gl.SliceLayout(1, CUT.score))
     return acc, total, step + 1
 
 
 @gluon.jit
-def _take(ring: gl.tuple, turn: gl.tensor) -> gl.tensor:
-    """The next tile's number, or -1, once its queries are there."""
-    _, _, full, _, items = ring
-    mbarrier.wait(full.index(turn % 2), turn // 2 & 1)
-    return gl.max(items.index(turn % 2).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), axis=0)
+def _skip(ring: gl.tuple, step: gl.tensor, CUT: gl.constexpr) -> None:
+    """Leave a tile to the other consumer. A parity tells only a stage's last use from the one before: wait for it."""
+    _wait_full(ring, step, CUT)
+    _release(ring, step, CUT)
+
+
+@gluon.jit
+def _store(
+    acc: gl.tensor, total: gl.tensor, item: gl.tuple, out: gl.tensor, CONSUMER: gl.constexpr, CUT: gl.constexpr
+) -> None:
+    """Write an item's half of the queries, those that there are."""
+    kv_head, start, query_len, _, _, _ = item
+    row = CONSUMER * CUT.rows + gl.arange(0, CUT.rows, layout=gl.SliceLayout(1, CUT.copy))
+    column = gl.arange(0, CUT.dim, layout=gl.SliceLayout(0, CUT.copy))
+    factor = gl.convert_layout(1.0 / gl.where(total > 0.0, total, 1.0), gl.SliceLayout(1, CUT.acc))
+    attended = gl.convert_layout((acc * factor[:, None]).to(out.dtype.element_ty), CUT.copy)
+    query = item[4 + CONSUMER] + row % CUT.queries
+    out_row = (start + query).to(gl.int64) * (CUT.num_kv_heads * CUT.group) + kv_head * CUT.group + row // CUT.queries
+    in_tile = (row < CUT.queries * CUT.group) & (query < query_len)
+    at = out_row[:, None] * CUT.dim + column[None, :]
+    gl.store(out + at, attended, mask=in_tile[:, None] & (column < CUT.dim)[None, :])
 
 
 @gluon.jit
 def _consume(
-    batch: gl.tuple,
     out: gl.tensor,
     scale_log2: gl.tensor,
     rings: gl.tuple,
     CONSUMER: gl.constexpr,
     CUT: gl.constexpr,
 ) -> None:
-    scored = CONSUMER * CUT.rows + gl.arange(0, CUT.rows, layout=gl.SliceLayout(1, CUT.score))
-    copied = CONSUMER * CUT.rows + gl.arange(0, CUT.rows, layout=gl.SliceLayout(1, CUT.copy))
-    column = gl.arange(0, CUT.dim, layout=gl.SliceLayout(0, CUT.copy))
-    queries, keys, values = rings
+    row = CONSUMER * CUT.rows + gl.arange(0, CUT.rows, layout=gl.SliceLayout(1, CUT.score))
+    queries, keys, values, sums = rings
     turn = 0
     step = 0
-    item = _take(queries, turn)
-    while item >= 0:
-        place, limits = find_tile(item, batch, CUT)
-        kv_head, _, token, num_queries, position, seq_len = place
+    item = take_item(queries, turn)
+    while item[0] >= 0:
+        _, _, query_len, seq_len, _, _ = item
+        limits = limit_keys(item, CONSUMER, CUT)
+        for _ in range(limit_keys(item, 1 - CONSUMER, CUT)[3] - limits[3]):
+            _skip(keys, step, CUT)
+            _skip(values, step, CUT)
+            step += 1
         acc = gl.zeros([CUT.rows, CUT.dim], gl.float32, CUT.acc)
         total = gl.zeros([CUT.rows], gl.float32, gl.SliceLayout(1, CUT.score))
         if limits[3] > limits[0]:
-            last_seen = gl.minimum(position + scored % CUT.queries, seq_len - 1)
+            last_seen = gl.minimum(seq_len - query_len + item[4 + CONSUMER] + row % CUT.queries, seq_len - 1)
             query = queries[1].index(turn % 2 * 2 + CONSUMER)
-            acc, total, step = _attend(query, limits, last_seen, seq_len, scale_log2, keys, values, step, CUT)
-        factor = gl.convert_layout(1.0 / gl.where(total > 0.0, total, 1.0), gl.SliceLayout(1, CUT.acc))
-        attended = gl.convert_layout((acc * factor[:, None]).to(out.dtype.element_ty), CUT.copy)
+            acc, total, step = _attend(
+                query, limits, last_seen, seq_len, scale_log2, keys, values, sums.index(CONSUMER), step, CUT
+            )
         mbarrier.arrive(queries[3].index(turn % 2), count=1)
-        head = kv_head * CUT.group + copied // CUT.queries
-        score_row = (token + copied % CUT.queries).to(gl.int64) * (CUT.num_kv_heads * CUT.group) + head
-        in_tile = (copied < CUT.queries * CUT.group) & (copied % CUT.queries < num_queries)
-        at = score_row[:, None] * CUT.dim + column[None, :]
-        gl.store(out + at, attended, mask=in_tile[:, None] & (column < CUT.dim)[None, :])
         turn += 1
-        item = _take(queries, turn)
+        _store(acc, total, item, out, CONSUMER, CUT)
+        item = take_item(queries, turn)
 
 
 # Not specializing on what changes from step to step keeps a running service from compiling.
@@ -210,18 +252,17 @@ def _prefill_kernel(
     num_warps: gl.constexpr,
 ) -> None:
     first_row = gl.load(num_decode_rows)
-    if first_row == num_rows:
-        return
     num_chunks = gl.minimum(num_rows - first_row, max_chunks)
-    num_items = count_items(query_starts + first_row, num_chunks, CUT)
-    batch = (num_items, num_chunks, query_starts + first_row, seq_lens + first_row)
+    num_items, is_paired = count_items(query_starts + first_row, num_chunks, CUT)
+    batch = (num_items, is_paired, num_chunks, query_starts + first_row, seq_lens + first_row)
     dtype: gl.constexpr = out.dtype.element_ty
-    rings = (make_query_ring(dtype, CUT), make_ring(dtype, CUT), make_ring(dtype, CUT))
+    sums = gl.allocate_shared_memory(gl.float32, [2, CUT.rows, 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    rings = (make_query_ring(dtype, CUT), make_ring(dtype, CUT), make_ring(dtype, CUT), sums)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consume, (batch, out, scale_log2, rings, 0, CUT)),
-            (_consume, (batch, out, scale_log2, rings, 1, CUT)),
+            (_consume, (out, scale_log2, rings, 0, CUT)),
+            (_consume, (out, scale_log2, rings, 1, CUT)),
             (produce, (batch, rows + first_row, page_table, (q_desc, k_desc, v_desc), rings, counter, CUT)),
         ],
         [4, 1],  # warps, and below registers of a thread, of the second consumer and the producer
@@ -231,7 +272,7 @@ def _prefill_kernel(
 
 @functools.cache
 def _counter(device: torch.device) -> Tensor:
-    """Tiles taken. Each launch leaves it at zero, and of launches on a stream one ends before the next counts."""
+    """Items taken. Each launch leaves it at zero, and of launches on a stream one ends before the next counts."""
     return torch.zeros(1, dtype=torch.int32, device=device)
 
 
@@ -280,4 +321,5 @@ def hopper_prefill_attention(
         layout.max_chunks,
         CUT=cut,
         num_warps=4,
+        launch_pdl=True,
     )

@@ -1,11 +1,15 @@
 """The producer's side of ``hopper_prefill_attention``: which tiles there are, and how they reach shared memory.
 
 A tile is 128 score rows of one chunk and one key-value head: as many of the chunk's queries, head by head of those that
-share the key-value head. A TMA copy takes a box: rows by 64 columns, the width of the 128-byte swizzle; the boxes of a
-tile lie in shared memory as one swizzled tile would. Boxes that begin beyond the sequence are read as zeros.
+share the key-value head. An item is two halves of tiles, one for each consumer: of the same tile, unless every program
+gets one at most. Then the launch would take as long as the tile with most keys, and the second half is that of the tile
+as far from the chunk's other end, so that all items take about as long.
+
+A TMA copy takes a box: rows by 64 columns, the width of the 128-byte swizzle; the boxes of a tile lie in shared memory
+as one swizzled tile would. Boxes that begin beyond the sequence are read as zeros.
 
 Queries, keys and values have rings of stages each: (boxes, the same as tiles, barriers that say a stage is full,
-barriers that say it is empty); that of the queries has the tiles' numbers, too.
+barriers that say it is empty); that of the queries has the items, too.
 """
 
 from __future__ import annotations
@@ -71,65 +75,74 @@ def _as_tiles(boxes: Any, shape: list[gl.constexpr], _semantic: Any = None) -> A
 
 
 @gluon.jit
-def _make_barriers(NUM_STAGES: gl.constexpr) -> gl.tuple:
-    full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
+def _make_barriers(NUM_STAGES: gl.constexpr, COUNT: gl.constexpr) -> gl.shared_memory_descriptor:
+    barriers = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(NUM_STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)  # by the consumers
-    return full, empty
+        mbarrier.init(barriers.index(stage), count=COUNT)
+    return barriers
 
 
 @gluon.jit
 def make_ring(dtype: gl.constexpr, CUT: gl.constexpr) -> gl.tuple:
     """A ring for 256 keys, or values."""
     boxes = gl.allocate_shared_memory(dtype, [CUT.stages * CUT.spans * CUT.boxes, CUT.box, 64], CUT.swizzled)
-    full, empty = _make_barriers(CUT.stages)
-    return boxes, _as_tiles(boxes, [CUT.stages, CUT.keys, CUT.dim]), full, empty
+    tiles = _as_tiles(boxes, [CUT.stages, CUT.keys, CUT.dim])
+    return boxes, tiles, _make_barriers(CUT.stages, 1), _make_barriers(CUT.stages, 2)
 
 
 @gluon.jit
 def make_query_ring(dtype: gl.constexpr, CUT: gl.constexpr) -> gl.tuple:
-    """A ring for two tiles' queries, in halves, one for each consumer, and their numbers."""
+    """A ring for two items and their queries, in halves, one for each consumer."""
     num_boxes: gl.constexpr = 4 * CUT.spans * (CUT.rows // CUT.query_box)
     boxes = gl.allocate_shared_memory(dtype, [num_boxes, CUT.query_box, 64], CUT.swizzled)
-    items = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    full, empty = _make_barriers(2)
-    return boxes, _as_tiles(boxes, [4, CUT.rows, CUT.dim]), full, empty, items
+    items = gl.allocate_shared_memory(gl.int32, [2 * 6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    halves = _as_tiles(boxes, [4, CUT.rows, CUT.dim])
+    return boxes, halves, _make_barriers(2, 1), _make_barriers(2, 2), items
 
 
 @gluon.jit
-def count_items(query_starts: gl.tensor, num_chunks: gl.tensor, CUT: gl.constexpr) -> gl.tensor:
-    """Tiles of the chunks: those of chunk b begin at ``query_starts[b] // queries + b``, so that none has two chunks'
-    queries; there may be one too many for a chunk."""
+def count_items(query_starts: gl.tensor, num_chunks: gl.tensor, CUT: gl.constexpr) -> gl.tuple:
+    """Items of the chunks, and whether their halves are of two tiles. Those of chunk b begin at ``query_starts[b] //
+    queries + b``, so that none has two chunks' queries; there may be one too many for a chunk."""
     lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    num_tiles = (gl.load(query_starts + num_chunks) - gl.load(query_starts)) // CUT.queries
+    num_items = (gl.load(query_starts + num_chunks) - gl.load(query_starts)) // CUT.queries
+    num_tiles = 0
     for first_chunk in range(0, num_chunks, 32):
         chunk = first_chunk + lane
         start = gl.load(query_starts + chunk, mask=chunk < num_chunks, other=0)
         end = gl.load(query_starts + chunk + 1, mask=chunk < num_chunks, other=0)
-        num_tiles += gl.sum((start < end).to(gl.int32), axis=0)
-    return num_tiles * CUT.num_kv_heads
+        num_items += gl.sum((start < end).to(gl.int32), axis=0)
+        num_tiles += gl.sum(gl.cdiv(end - start, CUT.queries), axis=0)
+    is_paired = (num_tiles * CUT.num_kv_heads <= gl.num_programs(0)) & (CUT.window == 0)
+    return num_items * CUT.num_kv_heads, is_paired
 
 
 @gluon.jit
-def find_tile(item: gl.tensor, batch: gl.tuple, CUT: gl.constexpr) -> gl.tuple:
-    """A tile: (key-value head, row, first token, queries from there to the row's end, first position, sequence
-    length), and the limits of its stretches of key tiles: masked, seen by every query, masked."""
-    num_items, num_chunks, query_starts, seq_lens = batch
-    tile = (num_items - 1 - item) // CUT.num_kv_heads  # later tiles see more keys: they are started first
+def _find_item(number: gl.tensor, batch: gl.tuple, CUT: gl.constexpr) -> gl.tuple:
+    """A row, and the item: (key-value head, the row's first token, its queries, sequence length, first queries of the
+    tiles of both halves). An item too many begins behind the row's queries."""
+    num_items, is_paired, num_chunks, query_starts, seq_lens = batch
+    item_tile = (num_items - 1 - number) // CUT.num_kv_heads  # later tiles see more keys: they are started first
     lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     first = gl.load(query_starts)
     row = -1
     for first_chunk in range(0, num_chunks, 32):
         chunk = first_chunk + lane
         start = gl.load(query_starts + chunk, mask=chunk < num_chunks, other=0)
-        begun = (start - first) // CUT.queries + chunk <= tile
+        begun = (start - first) // CUT.queries + chunk <= item_tile
         row += gl.sum((begun & (chunk < num_chunks)).to(gl.int32), axis=0)
     start = gl.load(query_starts + row)
     query_len = gl.load(query_starts + row + 1) - start
-    first_query = (tile - (start - first) // CUT.queries - row) * CUT.queries
+    tile = item_tile - (start - first) // CUT.queries - row
+    other_tile = gl.where(is_paired, gl.cdiv(query_len, CUT.queries) - 1 - tile, tile)
     seq_len = gl.load(seq_lens + row)
+    return row, (number % CUT.num_kv_heads, start, query_len, seq_len, tile * CUT.queries, other_tile * CUT.queries)
+
+
+@gluon.jit
+def limit_keys(item: gl.tuple, half: gl.constexpr, CUT: gl.constexpr) -> gl.tuple:
+    """Of the tile of an item's half: limits of its stretches of key tiles, masked, seen by every query, masked."""
+    query_len, seq_len, first_query = item[2], item[3], item[4 + half]
     position = seq_len - query_len + first_query
     end = gl.where(first_query < query_len, gl.minimum(position + CUT.queries, seq_len), 0)
     high = gl.cdiv(gl.maximum(end, 0), CUT.keys)
@@ -141,38 +154,56 @@ def find_tile(item: gl.tensor, batch: gl.tuple, CUT: gl.constexpr) -> gl.tuple:
         common_low = gl.cdiv(gl.maximum(end - CUT.window, 0), CUT.keys)
     common_high = gl.minimum(gl.maximum(common_high, common_low), high - 1)  # the last tile is always masked
     common_low = gl.minimum(common_low, common_high)
-    place = (item % CUT.num_kv_heads, row, start + first_query, query_len - first_query, position, seq_len)
-    return place, (low, common_low, common_high, high)
+    return low, common_low, common_high, high
 
 
 @gluon.jit
-def _hand_out(item: gl.tensor, ring: gl.tuple, turn: gl.tensor) -> None:
-    """Leave a tile's number, or -1, for the consumers, once they have done the tile before the last."""
+def _wait_for_kernel_before() -> None:
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _hand_out(item: gl.tuple, ring: gl.tuple, turn: gl.tensor) -> None:
+    """Leave an item for the consumers, once they have done the one before the last."""
     _, _, _, empty, items = ring
     mbarrier.wait(empty.index(turn % 2), (turn // 2 & 1) ^ 1)
-    items.index(turn % 2).store(gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])) + item)
+    zero = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    for i in gl.static_range(6):
+        items.index(turn % 2 * 6 + i).store(zero + item[i])
     barrier()
+
+
+@gluon.jit
+def take_item(ring: gl.tuple, turn: gl.tensor) -> gl.tuple:
+    """The next item, once its queries are there; behind the last one comes one of head -1."""
+    _, _, full, _, items = ring
+    mbarrier.wait(full.index(turn % 2), turn // 2 & 1)
+    item: gl.tuple = ()
+    for i in gl.static_range(6):
+        number = items.index(turn % 2 * 6 + i).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+        item = item + (gl.max(number, axis=0),)  # noqa: RUF005
+    return item
 
 
 @gluon.jit
 def _copy_queries(
     desc: tma.tensor_descriptor,
     kv_head: gl.tensor,
-    token: gl.tensor,
+    tokens: gl.tuple,
     ring: gl.tuple,
     turn: gl.tensor,
     CUT: gl.constexpr,
 ) -> None:
+    """Copy both halves' queries, of tiles that begin at ``tokens``."""
     boxes, _, full, _, _ = ring
     mbarrier.expect(full.index(turn % 2), CUT.group * CUT.queries * CUT.dim * 2)
-    for head in gl.static_range(CUT.group):
-        for query in gl.static_range(0, CUT.queries, CUT.query_box):
-            row = head * CUT.queries + query
-            for span in gl.static_range(CUT.spans):
-                at = (turn % 2 * 2 + row // CUT.rows) * CUT.spans + span
-                at = at * (CUT.rows // CUT.query_box) + row % CUT.rows // CUT.query_box
-                column = (kv_head * CUT.group + head) * CUT.dim + span * 64
-                async_load(desc, [token + query, column], full.index(turn % 2), boxes.index(at))
+    for row in gl.static_range(0, CUT.group * CUT.queries, CUT.query_box):
+        token = tokens[row // CUT.rows] + row % CUT.queries
+        for span in gl.static_range(CUT.spans):
+            at = (turn % 2 * 2 + row // CUT.rows) * CUT.spans + span
+            at = at * (CUT.rows // CUT.query_box) + row % CUT.rows // CUT.query_box
+            column = (kv_head * CUT.group + row // CUT.queries) * CUT.dim + span * 64
+            async_load(desc, [token, column], full.index(turn % 2), boxes.index(at))
 
 
 @gluon.jit
@@ -198,20 +229,23 @@ def produce(
     counter: gl.tensor,
     CUT: gl.constexpr,
 ) -> None:
-    """Copy tile after tile, until all programs together have taken them all."""
+    """Copy item after item, until all programs together have taken them all."""
     num_items = batch[0]
     turn = 0
     step = 0
-    item = gl.program_id(0)
-    while item < num_items:
-        place, limits = find_tile(item, batch, CUT)
-        kv_head, row, token, num_queries, _, seq_len = place
-        low, _, _, high = limits
-        if num_queries > 0:
+    number = gl.program_id(0)
+    while number < num_items:
+        row, item = _find_item(number, batch, CUT)
+        kv_head, start, query_len, seq_len, first_query, other_query = item
+        if first_query < query_len:
+            limits = limit_keys(item, 0, CUT)
+            low = limits[0]
+            high = gl.maximum(limits[3], limit_keys(item, 1, CUT)[3])
             _hand_out(item, rings[0], turn)
-            _copy_queries(descs[0], kv_head, token, rings[0], turn, CUT)
-            turn += 1
             pages = page_table + gl.load(rows + row).to(gl.int64) * CUT.max_pages
+            _wait_for_kernel_before()  # it made queries, keys and values, but not the layout
+            _copy_queries(descs[0], kv_head, (start + first_query, start + other_query), rings[0], turn, CUT)
+            turn += 1
             for i in range(high - low):
                 at: gl.tuple = ()  # all pages are looked up before the first copy, so that their loads overlap
                 for box in gl.static_range(CUT.boxes):
@@ -223,8 +257,9 @@ def produce(
                 _copy_tile(descs[2], at, rings[2], step, CUT)
                 step += 1
         num_taken = gl.atomic_add(counter, 1)
-        if num_taken == num_items - 1:  # a tile counts once: this was the last, and the next launch starts anew
+        if num_taken == num_items - 1:  # an item counts once: this was the last, and the next launch starts anew
             gl.store(counter, 0)
-        item = gl.num_programs(0) + num_taken
-    _hand_out(-1, rings[0], turn)
+        number = gl.num_programs(0) + num_taken
+    _wait_for_kernel_before()  # what comes behind may rely on it, if there was no item, too
+    _hand_out((-1, 0, 0, 0, 0, 0), rings[0], turn)
     mbarrier.arrive(rings[0][2].index(turn % 2), count=1)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from weft_kernels.launch import can_overlap
 from weft_kernels.layout import BatchLayout
@@ -49,6 +49,8 @@ def _rope_and_write_kv_kernel(
     BLOCK_HALF: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
+    if OVERLAP:
+        gdc_launch_dependents()
     DIM: tl.constexpr = 2 * HALF
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]

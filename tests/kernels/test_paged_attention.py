@@ -153,6 +153,18 @@ def test_realistic_sizes(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", [[(1000, 600)], [(300, 300), (0, 7), (77, 33)], [(129, 129)]], ids=str)
+def test_fewer_tiles_than_programs(
+    rows: list[tuple[int, int]], device: torch.device, paged_batch: Any, error: Any
+) -> None:
+    batch = paged_batch(
+        rows, num_decode_rows=0, num_heads=16, num_kv_heads=8, head_dim=128, page_size=64, dtype=torch.bfloat16,
+        device=device,
+    )  # fmt: skip
+    assert error(run("triton", batch), dense(batch)) < ERROR[torch.bfloat16]
+
+
+@pytest.mark.gpu
 def test_runs_in_a_cuda_graph(device: torch.device, paged_batch: Any, error: Any) -> None:
     batch = paged_batch(**SMALL | dict(dtype=torch.bfloat16, head_dim=64), max_seq_len=4096, device=device)
     qkv = batch.qkv
