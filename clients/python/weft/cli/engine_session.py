@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,6 +20,9 @@ from weft.transport import CHANNEL_OPTIONS
 
 CONTRACT_VERSION = 1
 _KEEPALIVE_SECONDS = 3.0
+# How long the event loop does not sleep once requests are submitted: on a GPU machine waking up takes 0.1 ms and more,
+# and it is not this process that is measured. Lone requests, with steps of 2.8 ms, took 3.67 ms instead of 3.94.
+_AWAKE_SECONDS = 0.05
 
 
 class EngineSession:
@@ -49,9 +53,7 @@ class EngineSession:
         """
         frames = [pb.SessionRequest(submit=_submit(slot, request)) for slot, request in enumerate(requests)]
         left = [request.max_tokens for request in requests]
-        begin = time.perf_counter()
-        self._runner.run(self._run(frames, left))
-        seconds = time.perf_counter() - begin
+        seconds = self._runner.run(self._run(frames, left))
         if any(left):
             raise WeftError(f"{sum(map(bool, left))} requests gave another number of tokens than asked for")
         return seconds
@@ -74,16 +76,26 @@ class EngineSession:
         self._welcome = (await self._read()).welcome
         self._keepalive = asyncio.create_task(self._show_life())
 
-    async def _run(self, frames: Sequence[pb.SessionRequest], left: list[int]) -> None:
-        """Submit the requests and take their tokens off those ``left`` until all have finished."""
+    async def _run(self, frames: Sequence[pb.SessionRequest], left: list[int]) -> float:
+        """Submit the requests and take their tokens off those ``left`` until all have finished; the seconds it took."""
+        begin = time.perf_counter()
         submitting = asyncio.create_task(self._write(*frames))
+        self._stay_awake(begin + _AWAKE_SECONDS)
         num_running = len(frames)
         while num_running:
             step = await self._next_step()
             for slot, num_tokens in _rows(step):
                 left[slot] -= num_tokens
             num_running -= len(step.finishes)
+        seconds = time.perf_counter() - begin
         await submitting
+        return seconds
+
+    def _stay_awake(self, end: float) -> None:
+        """Keep the event loop from sleeping until then, in terms of ``time.perf_counter``, while it runs."""
+        if time.perf_counter() < end:
+            os.sched_yield()  # what a write has woken may have been put on this core
+            asyncio.get_running_loop().call_soon(self._stay_awake, end)
 
     async def _next_step(self) -> pb.StepFrame:
         """The next step frame, acknowledged in time. Raises WeftError for a failure."""
