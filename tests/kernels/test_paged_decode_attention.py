@@ -24,7 +24,7 @@ def decode(batch: Any, num_programs: int | None, window: int = 0, slopes: torch.
     return out
 
 
-@pytest.mark.parametrize("num_programs", [1, 2, 5, 14, 40])  # for 30 tiles, or 16 in the window
+@pytest.mark.parametrize("num_programs", [1, 2, 5, 14, 40, 60])  # for 30 tiles, or 16 in the window, of 8 (row, head)
 @pytest.mark.parametrize("window", [0, 70])
 def test_any_number_of_programs(
     num_programs: int, window: int, device: torch.device, paged_batch: Any, error: Any
@@ -63,11 +63,12 @@ def test_newest_tokens(
 
 
 def test_programs_fill_the_gpu() -> None:
-    assert choose_num_programs(1 * 8, 528) == 528
-    assert choose_num_programs(64 * 8, 528) == 512
-    assert choose_num_programs(256 * 8, 528) == 2048
-    assert choose_num_programs(72 * 8, 528) == 528  # not 576, nearly two rounds
-    assert choose_num_programs(8 * 40, 528) == 528  # not 320
+    assert choose_num_programs(1 * 8, 528, 4) == 528
+    assert choose_num_programs(64 * 8, 528, 4) == 512
+    assert choose_num_programs(256 * 8, 528, 4) == 512
+    assert choose_num_programs(64 * 40, 528, 1) == 2560
+    assert choose_num_programs(72 * 8, 528, 4) == 528  # not 576, nearly two rounds
+    assert choose_num_programs(8 * 40, 528, 1) == 528  # not 320
 
 
 def test_rows_beyond_those_that_decode(device: torch.device, paged_batch: Any, error: Any) -> None:
