@@ -16,9 +16,9 @@ from weft.engine.v1 import engine_pb2 as pb
 from weft.engine.v1.engine_pb2_grpc import EngineServiceStub
 from weft.engine.v1.sampling_pb2 import SamplingParams
 from weft.errors import WeftError, from_rpc_error
+from weft.limits import CONTRACT_VERSION
 from weft.transport import CHANNEL_OPTIONS
 
-CONTRACT_VERSION = 1
 _KEEPALIVE_SECONDS = 3.0
 # How long the event loop does not sleep once requests are submitted: on a GPU machine waking up takes 0.1 ms and more,
 # and it is not this process that is measured. Lone requests, with steps of 2.8 ms, took 3.67 ms instead of 3.94.
