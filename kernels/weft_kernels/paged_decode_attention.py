@@ -307,11 +307,13 @@ def paged_decode_attention(
     block_g = triton.next_power_of_2(group)
     block_h = max(8, block_g)
     tiling = choose_tiling(block_d, k_cache.element_size())
+    at_once = num_sms(qkv.device) * tiling.programs_per_sm
     if num_programs is None:
-        at_once = num_sms(qkv.device) * tiling.programs_per_sm
         # Beside chunks the number of rows is but a bound.
         num_items = at_once if layout.max_chunk_tokens else layout.max_decode_rows * num_kv_heads
         num_programs = choose_num_programs(num_items, at_once, group)
+    # The same for batches of all sizes: made and filled by the first, and not while another is captured in a graph.
+    num_slots = max(num_programs, at_once, len(layout.page_table) * num_kv_heads)
     overlap = can_overlap(qkv.device)
     _decode_kernel[(num_programs,)](
         qkv,
@@ -327,8 +329,8 @@ def paged_decode_attention(
         transform.k_norm,
         alibi_slopes,
         out,
-        _slots(qkv.device, num_programs, group, dim),
-        _slots(qkv.device, num_programs, group),
+        _slots(qkv.device, num_slots, group, dim),
+        _slots(qkv.device, num_slots, group),
         transform.eps,
         scale * LOG2_E.value,
         layout.max_decode_rows,
