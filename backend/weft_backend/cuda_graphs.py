@@ -42,6 +42,7 @@ class StepShape:
 # Prompts are often as long as a power of two: a step of seven of 1,024 tokens and one decode row took a graph of 7,680
 # tokens, and 163 ms of Llama-3.1-8B on an H200 where the seven alone took 152.
 _BESIDE = 32
+_SMALL = 1024  # tokens: more launch no other kernels than the largest step
 
 Forward = Callable[[StepShape], Tensor]  # hidden states [T, H]; those to sample from, where Sample finds them
 Sample = Callable[[int], Tensor]  # of the first so many rows that sample: int32 [2, S]
@@ -93,9 +94,11 @@ class StepGraphs:
         pool = torch.cuda.graph_pool_handle()
         # The largest first: the others then fit into its memory.
         shapes = graph_shapes(max_num_seqs, max_num_batched_tokens)
-        # Libraries make their handles and communicators outside of capture. Once will do: H200, Qwen3-0.6B, before
-        # every capture 1.4 s of a start.
-        forward(shapes[0])
+        # What kernels and libraries keep (scratch, handles, communicators) is made outside of capture. Steps of many
+        # tokens launch what the largest does: before every capture they took 1.4 s of a start of Qwen3-0.6B on an H200.
+        for shape in shapes:
+            if shape.num_tokens <= _SMALL or shape == shapes[0]:
+                forward(shape)
         sample(max_num_seqs)
         self._forwards = {shape: _capture(partial(forward, shape), pool) for shape in shapes}
         self._samples = {size: _capture(partial(sample, size), pool) for size in reversed(self._decode_sizes)}

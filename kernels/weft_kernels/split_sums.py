@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from weft_kernels.gluon_names import barrier
+from weft_kernels.launch import num_sms
+
+
+@functools.cache
+def sum_counters(device: torch.device) -> Tensor:
+    """Each launch leaves them at zero, and of launches on a stream one ends before the next counts."""
+    return torch.zeros(2 * num_sms(device), dtype=torch.int32, device=device)
 
 
 @gluon.jit

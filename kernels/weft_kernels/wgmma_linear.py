@@ -9,7 +9,6 @@ and add up their shares of the outputs, in the order of the stretches, so that r
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -28,6 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from weft_kernels.gluon_names import SWIZZLED, async_load, barrier
 from weft_kernels.launch import num_sms
 from weft_kernels.ops import Activation
+from weft_kernels.split_sums import sum_counters
 
 
 class WgmmaTile(NamedTuple):
@@ -167,12 +167,6 @@ def block_t(num_tokens: int) -> int:
     return max(16, int(triton.next_power_of_2(num_tokens)))
 
 
-@functools.cache
-def _counters(device: torch.device) -> Tensor:
-    """Each launch leaves them at zero, and of launches on a stream one ends before the next counts."""
-    return torch.zeros(num_sms(device), dtype=torch.int32, device=device)
-
-
 def wgmma_linear(
     x: Tensor,
     weight: Tensor,
@@ -208,7 +202,7 @@ def wgmma_linear(
         residual,
         out,
         partials,
-        _counters(x.device),
+        sum_counters(x.device),
         num_tokens,
         num_outputs,
         size,

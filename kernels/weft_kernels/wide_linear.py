@@ -11,7 +11,6 @@ leave their sums in ``partials`` and add up their shares of the tokens (``split_
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -32,7 +31,7 @@ from weft_kernels.gluon_names import SWIZZLED, async_load
 from weft_kernels.launch import num_sms
 from weft_kernels.linear_epilogue import finish
 from weft_kernels.ops import Activation
-from weft_kernels.split_sums import share_sums
+from weft_kernels.split_sums import share_sums, sum_counters
 
 BLOCK_K = gl.constexpr(64)
 
@@ -192,12 +191,6 @@ def _wide_linear_kernel(  # type: ignore[no-untyped-def]
     )
 
 
-@functools.cache
-def _counters(device: torch.device) -> Tensor:
-    """Each launch leaves them at zero, and of launches on a stream one ends before the next counts."""
-    return torch.zeros(2 * num_sms(device), dtype=torch.int32, device=device)
-
-
 def wide_linear(
     x: Tensor,
     weight: Tensor,
@@ -234,7 +227,7 @@ def wide_linear(
         residual,
         out,
         partials,
-        _counters(x.device),
+        sum_counters(x.device),
         num_tokens,
         width,
         size,
