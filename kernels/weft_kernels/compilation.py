@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from hashlib import sha256
 from threading import Event
+from types import ModuleType
 from typing import Any
 
 import torch
+from triton.runtime import build
 from triton.runtime._async_compile import AsyncCompileMode
 from triton.runtime.jit import JITFunction
 
@@ -25,7 +28,7 @@ def compiling(rehearse: Callable[[], None], device: torch.device) -> Iterator[li
     A launch by ``rehearse`` runs nothing. Gives the names of the variants that are ready after the block; one that does
     not compile is left to fail where it is launched.
     """
-    with _Threads(device) as threads, AsyncCompileMode(threads, ignore_errors=True):
+    with _launchers_apart(), _Threads(device) as threads, AsyncCompileMode(threads, ignore_errors=True):
         try:
             with _launches_only_compile():
                 rehearse()
@@ -68,3 +71,23 @@ def _launches_only_compile() -> Iterator[None]:
         yield
     finally:
         JITFunction.__getitem__ = launch
+
+
+@contextmanager
+def _launchers_apart() -> Iterator[None]:
+    """Load each of the C functions that launch as a module of its own name.
+
+    Triton gives all modules one name. A second load of the same file puts its function into the module that has the
+    name by then, another kernel's, whose thread may not have looked into it yet: a start failed with "function takes exactly 41
+    arguments (26 given)".
+    """
+    load: Callable[[str, str], ModuleType] = build._load_module_from_path
+
+    def load_apart(name: str, path: str) -> ModuleType:
+        return load(f"{sha256(path.encode()).hexdigest()}.{name}", path)  # Python calls PyInit_ of the last part
+
+    build._load_module_from_path = load_apart
+    try:
+        yield
+    finally:
+        build._load_module_from_path = load

@@ -89,3 +89,18 @@ def test_a_kernel_that_does_not_compile_fails_where_it_is_launched() -> None:
     assert not compiled
     with pytest.raises(triton.CompilationError):
         kernel[(1,)](torch.empty(16, device=CPU), BLOCK=16)
+
+
+def test_a_launcher_keeps_its_function_when_another_is_loaded_again() -> None:
+    source = """
+        #include <Python.h>
+        static PyObject *number(PyObject *self, PyObject *none) { return PyLong_FromLong(%d); }
+        static PyMethodDef methods[] = {{"number", number, METH_NOARGS, NULL}, {NULL, NULL, 0, NULL}};
+        static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "launcher", NULL, -1, methods};
+        PyMODINIT_FUNC PyInit_launcher(void) { return PyModule_Create(&module); }
+    """
+    with compiling(lambda: None, CPU):
+        first, second, first_again = (
+            triton.runtime.build.compile_module_from_src(source % number, "launcher") for number in (1, 2, 1)
+        )
+    assert (first.number(), second.number(), first_again.number()) == (1, 2, 1)
