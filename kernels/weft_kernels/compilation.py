@@ -78,8 +78,8 @@ def _launchers_apart() -> Iterator[None]:
     """Load each of the C functions that launch as a module of its own name.
 
     Triton gives all modules one name. A second load of the same file puts its function into the module that has the
-    name by then, another kernel's, whose thread may not have looked into it yet: a start failed with "function takes exactly 41
-    arguments (26 given)".
+    name by then, another kernel's, whose thread may not have looked into it yet: a start failed with "function takes
+    exactly 41 arguments (26 given)".
     """
     load: Callable[[str, str], ModuleType] = build._load_module_from_path
 
