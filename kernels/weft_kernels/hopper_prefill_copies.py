@@ -23,7 +23,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from weft_kernels.gluon_names import SWIZZLED, async_load, barrier
+from weft_kernels.gluon_names import SWIZZLED, async_load, barrier, wait_for_kernel_before
 
 
 @dataclass(frozen=True)
@@ -158,11 +158,6 @@ def limit_keys(item: gl.tuple, half: gl.constexpr, CUT: gl.constexpr) -> gl.tupl
 
 
 @gluon.jit
-def _wait_for_kernel_before() -> None:
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def _hand_out(item: gl.tuple, ring: gl.tuple, turn: gl.tensor) -> None:
     """Leave an item for the consumers, once they have done the one before the last."""
     _, _, _, empty, items = ring
@@ -243,7 +238,7 @@ def produce(
             high = gl.maximum(limits[3], limit_keys(item, 1, CUT)[3])
             _hand_out(item, rings[0], turn)
             pages = page_table + gl.load(rows + row).to(gl.int64) * CUT.max_pages
-            _wait_for_kernel_before()  # it made queries, keys and values, but not the layout
+            wait_for_kernel_before()  # it made queries, keys and values, but not the layout
             _copy_queries(descs[0], kv_head, (start + first_query, start + other_query), rings[0], turn, CUT)
             turn += 1
             for i in range(high - low):
@@ -260,6 +255,6 @@ def produce(
         if num_taken == num_items - 1:  # an item counts once: this was the last, and the next launch starts anew
             gl.store(counter, 0)
         number = gl.num_programs(0) + num_taken
-    _wait_for_kernel_before()  # what comes behind may rely on it, if there was no item, too
+    wait_for_kernel_before()  # what comes behind may rely on it, if there was no item, too
     _hand_out((-1, 0, 0, 0, 0, 0), rings[0], turn)
     mbarrier.arrive(rings[0][2].index(turn % 2), count=1)

@@ -16,7 +16,6 @@ from weft_kernels.mma_linear import mma_linear
 from weft_kernels.norm import normalize, quantize
 from weft_kernels.ops import Activation, Norm
 from weft_kernels.silu_and_mul import silu_and_mul
-from weft_kernels.split_sums import sum_counters
 from weft_kernels.tiled_matmul import silu_matmul, suits_tiles
 from weft_kernels.wgmma_linear import wgmma_linear
 from weft_kernels.wide_linear import wide_linear
@@ -36,8 +35,6 @@ def linear(
     (num_tokens, size), num_outputs = x.shape, weight.shape[0]
     on_hopper = x.dtype != torch.float32 and is_hopper(x.device)
     if on_hopper:
-        # By the first launch of any size: zeros made while a graph is captured are filled in that graph only.
-        sum_counters(x.device)
         tile = mma_tile(num_tokens, num_outputs, size, num_sms(x.device))
         if tile is not None:
             return mma_linear(x, weight, bias, weight_scale, norm, residual, activation, tile)

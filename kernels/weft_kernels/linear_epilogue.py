@@ -5,7 +5,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-NEGATIVE_LOG2_E = gl.constexpr(-1.4426950408889634)
+from weft_kernels.gluon_names import silu_and_mul
 
 
 @gluon.jit
@@ -34,11 +34,7 @@ def finish(acc, tensors: gl.tuple, column, token, own, num_tokens, width, ACTIVA
     P: gl.constexpr = acc.shape[1]
     if ACTIVATION == "silu_and_mul":
         gate, up = acc.reshape([2, 64, P]).permute([1, 2, 0]).split()
-        power = gl.exp2(gate * NEGATIVE_LOG2_E)
-        sigmoid = gl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], gl.float32, is_pure=True, pack=1
-        )
-        _store(gate * sigmoid * up, tensors, column, token, own, num_tokens, width, False)
+        _store(silu_and_mul(gate, up), tensors, column, token, own, num_tokens, width, False)
     elif acc.shape[0] == 128:
         low, high = acc.reshape([2, 64, P]).permute([1, 2, 0]).split()
         _store(low, tensors, column, token, own, num_tokens, width, ACTIVATION == "relu")

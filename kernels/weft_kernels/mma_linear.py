@@ -21,6 +21,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from weft_kernels.gluon_names import let_next_begin, wait_for_kernel_before
 from weft_kernels.ops import Activation, Norm
 
 
@@ -99,9 +100,9 @@ def _mma_linear_kernel(  # type: ignore[no-untyped-def]
     token_b = gl.arange(0, BLOCK_T, layout=gl.SliceLayout(0, gl.SliceLayout(1, B)))
     columns_b = warp_b[:, None, None] * BLOCK_K + column_b[None, :, None]
     inputs = x + gl.minimum(token_b, num_tokens - 1)[None, None, :] * size + columns_b
-    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+    let_next_begin()
     tile = _load_columns(weights, columns_a, size, MASKED, "evict_first")
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+    wait_for_kernel_before()
 
     LANES: gl.constexpr = min(BLOCK_N, 32) // PARTS
     OUT: gl.constexpr = gl.BlockedLayout([1, 1], [LANES, 32 // LANES], [1, num_warps], [0, 1])

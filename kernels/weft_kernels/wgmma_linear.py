@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from weft_kernels.gluon_names import SWIZZLED, async_load, barrier
+from weft_kernels.gluon_names import SWIZZLED, async_load, barrier, let_next_begin, wait_for_kernel_before
 from weft_kernels.launch import num_sms
 from weft_kernels.ops import Activation
 from weft_kernels.split_sums import sum_counters
@@ -114,11 +114,11 @@ def _wgmma_linear_kernel(  # type: ignore[no-untyped-def]
     column = block * OWNED
     num_steps = size // BLOCK_K
     first, last = num_steps * split // NUM_SPLITS, num_steps * (split + 1) // NUM_SPLITS
-    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+    let_next_begin()
     for i in gl.static_range(NUM_STAGES - 1):
         k, wanted = (first + i) * BLOCK_K, first + i < last
         _copy_weights(weight, weights, barriers, i, column, width, k, wanted, OWNED, BYTES)
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+    wait_for_kernel_before()
     for i in gl.static_range(NUM_STAGES - 1):
         k, wanted = (first + i) * BLOCK_K, first + i < last
         async_load(x, [0, k], barriers.index(i), inputs.index(i), pred=wanted)

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from weft_kernels.gluon_names import SWIZZLED, async_load
+from weft_kernels.gluon_names import SWIZZLED, async_load, let_next_begin, wait_for_kernel_before
 from weft_kernels.launch import num_sms
 from weft_kernels.linear_epilogue import finish
 from weft_kernels.ops import Activation
@@ -45,11 +45,6 @@ class WideTile(NamedTuple):
     second: int
     num_splits: int
     num_stages: int
-
-
-@gluon.jit
-def _wait_for_inputs() -> None:
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -91,7 +86,7 @@ def _produce(  # type: ignore[no-untyped-def]
     for i in range(ahead):
         mbarrier.expect(full.index(i), BYTES)
         _copy_weights(weight, block, width, (steps[0] + i) * BLOCK_K, full.index(i), weights.index(i), True)
-    _wait_for_inputs()
+    wait_for_kernel_before()
     step = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         block, steps, piece0, piece1 = _place(item, num_tokens, shape, SPLITS, P0, P1)
@@ -121,7 +116,7 @@ def _consume(
     P1: gl.constexpr = inputs1.shape[1]
     OWNED: gl.constexpr = N // 2 if ACTIVATION == "silu_and_mul" else N
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, P, 16])
-    _wait_for_inputs()
+    wait_for_kernel_before()
     step = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         block, steps, piece0, piece1 = _place(item, num_tokens, shape, SPLITS, P0, P1)
@@ -166,7 +161,7 @@ def _wide_linear_kernel(  # type: ignore[no-untyped-def]
 ) -> None:
     P0: gl.constexpr = x0.block_shape[0]
     P1: gl.constexpr = x1.block_shape[0]
-    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+    let_next_begin()
     weights = gl.allocate_shared_memory(weight.dtype, [NUM_STAGES, BLOCK_N, BLOCK_K], weight.layout)
     inputs0 = gl.allocate_shared_memory(weight.dtype, [NUM_STAGES, P0, BLOCK_K], x0.layout)
     inputs1 = gl.allocate_shared_memory(weight.dtype, [NUM_STAGES, P1, BLOCK_K], x1.layout)
