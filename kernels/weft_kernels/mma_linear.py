@@ -22,6 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from weft_kernels.gluon_names import let_next_begin, wait_for_kernel_before
+from weft_kernels.launch import linear_output
 from weft_kernels.ops import Activation, Norm
 
 
@@ -177,14 +178,9 @@ def mma_linear(
     """``Ops.linear`` of 1 to 8 tokens of 16 bits, K a multiple of 16."""
     (num_tokens, size), num_outputs = x.shape, weight.shape[0]
     assert 0 < num_tokens <= 8
-    assert weight.shape[1] == size
     assert size % 16 == 0
-    assert x.is_contiguous()
-    assert weight.is_contiguous()
-    width, owned = num_outputs, tile.block_n
-    if activation == "silu_and_mul":
-        width, owned = width // 2, owned // 2
-    out = x.new_empty((num_tokens, width)) if residual is None else residual
+    out, width = linear_output(x, weight, residual, activation)
+    owned = tile.block_n // 2 if activation == "silu_and_mul" else tile.block_n
     _mma_linear_kernel[(triton.cdiv(width, owned),)](
         x,
         weight,

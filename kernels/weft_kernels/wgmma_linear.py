@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from weft_kernels.gluon_names import SWIZZLED, async_load, barrier, let_next_begin, wait_for_kernel_before
-from weft_kernels.launch import num_sms
+from weft_kernels.launch import linear_output, num_sms
 from weft_kernels.ops import Activation
 from weft_kernels.split_sums import sum_counters
 
@@ -178,15 +178,10 @@ def wgmma_linear(
     """``Ops.linear`` without its norm, of 1 to 64 tokens and weights of 16 bits; silu_and_mul without a bias."""
     (num_tokens, size), num_outputs = x.shape, weight.shape[0]
     assert 0 < num_tokens <= 64
-    assert weight.shape[1] == size
     assert size % tile.block_k == 0
-    assert x.is_contiguous()
-    assert weight.is_contiguous()
-    width, owned = num_outputs, tile.block_n
-    if activation == "silu_and_mul":
-        assert bias is None
-        width, owned = width // 2, owned // 2
-    out = x.new_empty((num_tokens, width)) if residual is None else residual
+    out, width = linear_output(x, weight, residual, activation)
+    assert bias is None or activation != "silu_and_mul"
+    owned = tile.block_n // 2 if activation == "silu_and_mul" else tile.block_n
     num_blocks = triton.cdiv(width, owned)
     partials = None
     if tile.num_splits > 1:
