@@ -10,9 +10,9 @@ slope (key - query position), it keeps the running maximum m, l = Σ exp(s - m) 
 float32, for all G = Hq / Hkv query heads that share the head. Scores are [keys, heads]: a tensor core takes as few as 8
 columns but no fewer than 16 rows.
 
-Where a stretch ends within a (row, head), its part, acc / l and log2 Σ exp2(s), goes to scratch. The program that
-arrives last, which an atomic counter tells, weighs the parts in order of their keys, so the sum depends on no race, and
-puts the counter back to zero.
+Where a stretch ends within a (row, head), its part goes to scratch, and the program that holds the last keys of the
+(row, head) waits for it and takes it (``parts``). Stretches are worked off from their end: a program leaves its part
+first, and needs those of others last. It waits for programs before it only, which have begun before it.
 
 Layout: qkv [T, (Hq + 2 Hkv) D], row b at token b; out [T, Hq, D]; caches [P, Hkv, page_size, D]; page_table
 [R, max_pages].
@@ -32,8 +32,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from weft_kernels.launch import can_overlap, num_sms
 from weft_kernels.layout import BatchLayout
 from weft_kernels.ops import HeadTransform
+from weft_kernels.parts import EMPTY, leave_part, take_parts
 from weft_kernels.rotation import load_angles, load_with_halves_exchanged, norm_and_rotate, to_cache_type
-from weft_kernels.stretches import choose_num_programs, combine_parts, first_key_of, program_of, stretch_start
+from weft_kernels.stretches import LEAD, choose_num_programs, first_key_of, program_of, stretch_start
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -47,6 +48,63 @@ def _load_pages(
     if PAGE_SIZE % BLOCK_N != 0:
         key = tile + tl.arange(0, BLOCK_N)
     return tl.load(pages + tl.minimum(key, end - 1) // PAGE_SIZE)
+
+
+@triton.jit
+def _lay_end_to_end(
+    seq_lens: tl.tensor,
+    max_rows: tl.tensor,
+    num_rows: tl.tensor,
+    NUM_KV_HEADS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+) -> tuple[tl.tuple, tl.tensor]:
+    """(where each row's units end, in blocks of rows; how many units there are).
+
+    A thread of 64 has four neighbouring rows of a block, for which seq_lens is aligned. With rows far from each other,
+    or more, and heads of 64, ptxas 12.8 let the threads of a warp run apart through the whole kernel, and it hung.
+    """
+    row_ends: tl.tuple = ()
+    num_units = 0
+    for first in tl.static_range(0, BLOCK_B, 256):
+        row = first + tl.arange(0, min(BLOCK_B, 256))
+        length = tl.load(seq_lens + row, mask=row < max_rows, other=0)
+        length = tl.where(row < num_rows, length, 0)
+        num_tiles = tl.cdiv(length - first_key_of(length, WINDOW, BLOCK_N), BLOCK_N)
+        ends = num_units + tl.cumsum(tl.where(length > 0, num_tiles + LEAD, 0) * NUM_KV_HEADS)
+        row_ends = row_ends + (ends,)  # noqa: RUF005
+        num_units = tl.max(ends)
+    return row_ends, num_units
+
+
+@triton.jit
+def _find(
+    end_unit: tl.tensor,
+    first_unit: tl.tensor,
+    batch: tl.tuple,
+    MAX_PAGES: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> tuple[tl.tensor, ...]:
+    """Of what a stretch that ends with ``end_unit`` does first: (row, key-value head, its first unit, first key, last
+    key + 1, sequence length, the new key's slot, the row's pages)."""
+    row_ends, page_table, rows, seq_lens, slots = batch
+    row, row_start = 0, 0
+    for block in tl.static_range(len(row_ends)):
+        is_before = row_ends[block] < end_unit
+        row += tl.sum(is_before.to(tl.int32))
+        row_start = tl.maximum(row_start, tl.max(tl.where(is_before, row_ends[block], 0)))
+    seq_len, slot = tl.load(seq_lens + row), tl.load(slots + row)
+    pages = page_table + tl.load(rows + row).to(tl.int64) * MAX_PAGES
+    first_key = first_key_of(seq_len, WINDOW, BLOCK_N)
+    head_units = tl.cdiv(seq_len - first_key, BLOCK_N) + LEAD
+    kv_head = (end_unit - 1 - row_start) // head_units
+    head_start = row_start + kv_head * head_units
+    start = first_key + tl.maximum(first_unit - head_start - LEAD, 0) * BLOCK_N
+    end = tl.minimum(first_key + (end_unit - head_start - LEAD) * BLOCK_N, seq_len)
+    return row, kv_head, head_start, start, end, seq_len, slot, pages
 
 
 @triton.jit
@@ -103,7 +161,7 @@ def _attend(
 # Not specializing on what changes from step to step keeps a running service from compiling.
 @triton.jit(
     do_not_specialize=["max_rows"],
-    do_not_specialize_on_alignment=["page_table", "rows", "seq_lens", "slots", "num_decode_rows"],
+    do_not_specialize_on_alignment=["page_table", "rows", "slots", "num_decode_rows"],
 )
 def _decode_kernel(
     qkv: tl.tensor,
@@ -119,9 +177,8 @@ def _decode_kernel(
     k_norm_weight: tl.tensor | None,
     alibi_slopes: tl.tensor | None,
     out: tl.tensor,
-    parts: tl.tensor,  # float32 [programs, 2, G, D]: a program's part of the (row, head) it begins in, and ends in
-    parts_lse: tl.tensor,  # float32 [programs, 2, G]
-    counters: tl.tensor,  # int32 [programs]: parts that have arrived of the (row, head) that the program ends in
+    parts: tl.tensor,  # bits of float32 [programs, G, D]: a program's part of the (row, head) in which it ends
+    parts_lse: tl.tensor,  # bits of float32 [programs, G]
     eps: float,
     scale_log2: float,
     max_rows: int,
@@ -134,9 +191,9 @@ def _decode_kernel(
     FLOAT8: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
@@ -144,14 +201,12 @@ def _decode_kernel(
     if OVERLAP:
         gdc_launch_dependents()
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
-    every_row = tl.arange(0, BLOCK_B)
-    every_len = tl.load(seq_lens + every_row, mask=every_row < max_rows, other=0)
-    every_len = tl.where(every_row < tl.load(num_decode_rows), every_len, 0)
-    every_len -= first_key_of(every_len, WINDOW, BLOCK_N)
-    row_ends = tl.cumsum(tl.cdiv(every_len, BLOCK_N) * NUM_KV_HEADS)
-    num_tiles = tl.max(row_ends)
-    tile = stretch_start(program, num_tiles, num_programs)
-    end_tile = stretch_start(program + 1, num_tiles, num_programs)
+    num_rows = tl.load(num_decode_rows)
+    row_ends, num_units = _lay_end_to_end(seq_lens, max_rows, num_rows, NUM_KV_HEADS, WINDOW, BLOCK_N, BLOCK_B)
+    num_sharing = tl.maximum(tl.minimum(num_programs, num_units), 1)
+    first_unit = stretch_start(tl.minimum(program, num_sharing), num_units, num_sharing)
+    end_unit = stretch_start(tl.minimum(program + 1, num_sharing), num_units, num_sharing)
+    batch = row_ends, page_table, rows, seq_lens, slots
 
     head, column = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
     in_q = (column < DIM)[:, None] & (head < GROUP)[None, :]
@@ -162,19 +217,14 @@ def _decode_kernel(
         q_norm, other_q_norm = load_with_halves_exchanged(q_norm_weight, column, in_kv, DIM)
     if k_norm_weight is not None:
         k_norm, other_k_norm = load_with_halves_exchanged(k_norm_weight, column, in_kv, DIM)
-    while tile < end_tile:
-        row = tl.sum((row_ends <= tile).to(tl.int32))
-        row_start = tl.max(tl.where(row_ends <= tile, row_ends, 0))
-        seq_len, slot = tl.load(seq_lens + row), tl.load(slots + row)
-        pages = page_table + tl.load(rows + row).to(tl.int64) * MAX_PAGES
-        first_key = first_key_of(seq_len, WINDOW, BLOCK_N)
-        head_tiles = tl.cdiv(seq_len - first_key, BLOCK_N)
-        kv_head = (tile - row_start) // head_tiles
-        head_start = row_start + kv_head * head_tiles
-        next_tile = tl.minimum(end_tile, head_start + head_tiles)
-        start = first_key + (tile - head_start) * BLOCK_N
-        end = tl.minimum(first_key + (next_tile - head_start) * BLOCK_N, seq_len)
+    item = _find(end_unit, first_unit, batch, MAX_PAGES, NUM_KV_HEADS, WINDOW, BLOCK_N)
+    if end_unit - item[2] <= LEAD:  # there is no tile of it in the stretch
+        end_unit = item[2]
+        item = _find(end_unit, first_unit, batch, MAX_PAGES, NUM_KV_HEADS, WINDOW, BLOCK_N)
+    while first_unit < end_unit:
+        row, kv_head, head_start, start, end, seq_len, slot, pages = item
         page = _load_pages(pages, start, end, PAGE_SIZE, BLOCK_N)
+        end_unit = tl.maximum(first_unit, head_start)
         slope = None
         if alibi_slopes is not None:
             slope = tl.load(alibi_slopes + kv_head * GROUP + head, mask=head < GROUP, other=0.0) * LOG2_E
@@ -189,7 +239,7 @@ def _decode_kernel(
         query, other_query = load_with_halves_exchanged(q_heads, column, in_q, DIM)
         new_key, other_key = load_with_halves_exchanged(k_head, column, in_kv, DIM)
         new_value = tl.load(k_head + NUM_KV_HEADS * DIM + column, mask=in_kv, other=0.0).to(tl.float32)
-        if next_tile == head_start + head_tiles:
+        if end == seq_len:
             new_key = norm_and_rotate(new_key, other_key, k_norm, other_k_norm, cos, sin, eps, DIM)
             new_at = ((slot // PAGE_SIZE * NUM_KV_HEADS + kv_head) * PAGE_SIZE + slot % PAGE_SIZE) * DIM + column
             tl.store(k_cache + new_at, to_cache_type(new_key, k_cache.dtype.element_ty), mask=in_kv)
@@ -204,29 +254,23 @@ def _decode_kernel(
             NUM_KV_HEADS, DIM, PAGE_SIZE, WINDOW, BLOCK_N,
         )  # fmt: skip
 
-        first_head = row * NUM_HEADS + kv_head * GROUP
-        out_at = (first_head + head)[None, :] * DIM + column
-        if next_tile - tile == head_tiles:
-            tl.store(out + out_at, attended.to(out.dtype.element_ty), mask=in_q)
+        if end < seq_len:
+            leave_part(attended, lse, parts, parts_lse, program, GROUP, DIM)
         else:
-            first = program_of(head_start, num_tiles, num_programs)
-            num_parts = program_of(head_start + head_tiles - 1, num_tiles, num_programs) - first + 1
-            part = (2 * program + (program == first)) * GROUP + head
-            tl.store(parts + part[None, :] * DIM + column, attended, mask=in_q)
-            tl.store(parts_lse + part, lse, mask=head < GROUP)
-            tl.debug_barrier()  # the stores of every thread come before the count of one
-            if tl.atomic_add(counters + first, 1, sem="acq_rel") == num_parts - 1:
-                combined = combine_parts(parts, parts_lse, first, num_parts, GROUP, DIM, BLOCK_G, BLOCK_D, BLOCK_P)
-                group, across = tl.arange(0, BLOCK_G)[:, None], tl.arange(0, BLOCK_D)[None, :]
-                in_out = (group < GROUP) & (across < DIM)
-                tl.store(out + (first_head + group) * DIM + across, combined.to(out.dtype.element_ty), mask=in_out)
-                tl.store(counters + first, 0)
-        tile = next_tile
+            if start > first_key_of(seq_len, WINDOW, BLOCK_N):
+                first = program_of(head_start + LEAD, num_units, num_sharing)
+                attended = take_parts(
+                    attended, lse, parts, parts_lse, first, program - first, GROUP, DIM, BLOCK_G, BLOCK_P
+                )
+            out_at = (row * NUM_HEADS + kv_head * GROUP + head)[None, :] * DIM + column
+            tl.store(out + out_at, attended.to(out.dtype.element_ty), mask=in_q)
+        if first_unit < end_unit:
+            item = _find(end_unit, first_unit, batch, MAX_PAGES, NUM_KV_HEADS, WINDOW, BLOCK_N)
 
     if OVERLAP:
         gdc_wait()
     for row in range(program, max_rows, num_programs):
-        if tl.sum(tl.where(every_row == row, every_len, 0)) == 0:
+        if (row >= num_rows) | (tl.load(seq_lens + row) == 0):
             for one_head in range(NUM_HEADS):
                 zero_at = (row * NUM_HEADS + one_head) * DIM + column
                 tl.store(out + zero_at, tl.zeros([BLOCK_D, 1], out.dtype.element_ty), mask=in_kv)
@@ -251,9 +295,9 @@ def choose_tiling(block_d: int, element_size: int) -> Tiling:
 
 
 @functools.cache
-def _counters(device: torch.device, num_programs: int) -> Tensor:
-    """Zeros whenever no decode kernel runs; the order of the stream lets one run at a time."""
-    return torch.zeros(num_programs, dtype=torch.int32, device=device)
+def _slots(device: torch.device, *shape: int) -> Tensor:
+    """Empty whenever no decode kernel runs; the order of the stream lets one run at a time."""
+    return torch.full(shape, EMPTY.value, dtype=torch.int32, device=device)
 
 
 def paged_decode_attention(
@@ -284,15 +328,19 @@ def paged_decode_attention(
     assert page_size & (page_size - 1) == 0
     assert qkv.shape == (len(out), (num_heads + 2 * num_kv_heads) * dim)
     assert layout.max_decode_rows <= min(len(qkv), len(layout.seq_lens))
+    assert layout.seq_lens.data_ptr() % 16 == 0  # see _lay_end_to_end
     assert all(t.is_contiguous() for t in (qkv, k_cache, v_cache, out, layout.page_table))
     block_d = max(16, triton.next_power_of_2(dim))  # a dot takes no less
     block_g = triton.next_power_of_2(group)
+    block_h = max(8, block_g)
     tiling = choose_tiling(block_d, k_cache.element_size())
+    at_once = num_sms(qkv.device) * tiling.programs_per_sm
     if num_programs is None:
-        at_once = num_sms(qkv.device) * tiling.programs_per_sm
         # Beside chunks the number of rows is but a bound.
         num_items = at_once if layout.max_chunk_tokens else layout.max_decode_rows * num_kv_heads
-        num_programs = choose_num_programs(num_items, at_once)
+        num_programs = choose_num_programs(num_items, at_once, group)
+    # The same for batches of all sizes: made and filled by the first, and not while another is captured in a graph.
+    num_slots = max(num_programs, at_once, len(layout.page_table) * num_kv_heads)
     overlap = can_overlap(qkv.device)
     _decode_kernel[(num_programs,)](
         qkv,
@@ -308,9 +356,8 @@ def paged_decode_attention(
         transform.k_norm,
         alibi_slopes,
         out,
-        torch.empty((num_programs, 2, group, dim), dtype=torch.float32, device=qkv.device),
-        torch.empty((num_programs, 2, group), dtype=torch.float32, device=qkv.device),
-        _counters(qkv.device, num_programs),
+        _slots(qkv.device, num_slots, group, dim),
+        _slots(qkv.device, num_slots, group),
         transform.eps,
         scale * LOG2_E.value,
         layout.max_decode_rows,
@@ -322,11 +369,11 @@ def paged_decode_attention(
         WINDOW=sliding_window,
         FLOAT8=k_cache.dtype == torch.float8_e4m3fn,
         BLOCK_B=max(64, triton.next_power_of_2(layout.max_decode_rows)),  # one kernel for all small batches
-        BLOCK_H=max(8, block_g),
-        BLOCK_G=block_g,
+        BLOCK_H=block_h,
         BLOCK_N=tiling.block_n,
         BLOCK_D=block_d,
-        BLOCK_P=max(1, tiling.block_n * k_cache.element_size() // (4 * block_g)),  # in the memory of two tiles
+        BLOCK_G=block_g,
+        BLOCK_P=min(max(block_g, 1024 // (block_d * block_h)), 8192 // (block_d * block_h)),
         OVERLAP=overlap,
         num_warps=tiling.num_warps,
         num_stages=2,

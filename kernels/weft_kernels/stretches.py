@@ -1,13 +1,15 @@
 """How decode attention shares out the key tiles of every (row, key-value head), laid end to end: in equal stretches.
 
-Every program takes one (Sanovar et al., Lean Attention, 2024). A (row, head) that falls to several comes in parts,
-acc / l and log2 Σ exp2(s) of each, which are weighed against each other.
+Every program takes one (Sanovar et al., Lean Attention, 2024). To begin with a (row, head) takes time as a tile does:
+each counts ``LEAD`` units more than it has tiles, in front of them.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+LEAD = tl.constexpr(1)
 
 
 @triton.jit
@@ -19,61 +21,29 @@ def first_key_of(seq_len: tl.tensor, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr
 
 
 @triton.jit
-def stretch_start(program: tl.tensor, num_tiles: tl.tensor, num_programs: tl.tensor) -> tl.tensor:
-    """The first tile of a program's stretch: the first ``num_tiles % num_programs`` stretches are one tile longer."""
-    return program * (num_tiles // num_programs) + tl.minimum(program, num_tiles % num_programs)
+def stretch_start(program: tl.tensor, num_units: tl.tensor, num_programs: tl.tensor) -> tl.tensor:
+    """Where a program's stretch begins: ``program`` of ``num_programs`` parts of ``num_units``, rounded up."""
+    return program * (num_units // num_programs) + tl.cdiv(program * (num_units % num_programs), num_programs)
 
 
 @triton.jit
-def program_of(tile: tl.tensor, num_tiles: tl.tensor, num_programs: tl.tensor) -> tl.tensor:
-    """The program whose stretch holds a tile."""
-    share, num_longer = num_tiles // num_programs, num_tiles % num_programs
-    in_longer = num_longer * (share + 1)
-    after = num_longer + (tile - in_longer) // tl.maximum(share, 1)
-    return tl.where(tile < in_longer, tile // (share + 1), after)
+def program_of(unit: tl.tensor, num_units: tl.tensor, num_programs: tl.tensor) -> tl.tensor:
+    """The program whose stretch holds a unit."""
+    return (unit.to(tl.int64) * num_programs // num_units).to(tl.int32)
 
 
-@triton.jit
-def combine_parts(
-    parts: tl.tensor,
-    parts_lse: tl.tensor,
-    first: tl.tensor,
-    num_parts: tl.tensor,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-) -> tl.tensor:
-    """Attention [BLOCK_G, BLOCK_D] from the parts that ``num_parts`` programs from ``first`` on left."""
-    head, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
-    in_group = head < GROUP
-    in_part = in_group[:, None] & (column < DIM)[None, :]
-    maximum = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    for start in tl.range(0, num_parts, BLOCK_P, num_stages=3):
-        part = start + tl.arange(0, BLOCK_P)
-        exists = part < num_parts
-        at = (2 * (first + part) + (part == 0))[:, None] * GROUP + head[None, :]
-        lse = tl.load(parts_lse + at, mask=exists[:, None] & in_group[None, :], other=float("-inf"))
-        values = tl.load(
-            parts + at[:, :, None] * DIM + column, mask=exists[:, None, None] & in_part[None, :, :], other=0.0
-        )
-        new_maximum = tl.where(in_group, tl.maximum(maximum, tl.max(lse, axis=0)), 0.0)
-        weight = tl.exp2(lse - new_maximum[None, :])
-        decay = tl.exp2(maximum - new_maximum)
-        maximum = new_maximum
-        total = total * decay + tl.sum(weight, axis=0)
-        acc = acc * decay[:, None] + tl.sum(weight[:, :, None] * values, axis=0)
-    return acc / tl.where(in_group, total, 1.0)[:, None]
-
-
-def choose_num_programs(num_items: int, at_once: int) -> int:
-    """As many as the GPU runs at once; or, where that leaves few idle, a whole number for each (row, head).
+def choose_num_programs(num_items: int, at_once: int, group: int) -> int:
+    """As many as the GPU runs at once; or, where that leaves few idle, a whole number for each (row, head), or as many
+    (row, head) for each. ``group``: query heads of a key-value head.
 
     Rows alike then leave fewer parts: H200, whole steps of Qwen3-0.6B at context 1k, 64 rows 3.16 -> 2.99 ms. But a GPU
     not filled is slower: 8 rows of Llama-2-13B, 320 items, took 51 us with 528 programs, 56 with 396 and 67 with 264.
+    More than run at once are slower for rows unlike each other: norm, qkv, attention and output projection of 250 rows
+    of Qwen3-0.6B took 257 us with 2,048 programs, 243 with 512; all 1,088 long, 256 rows took 285 with either, but 64
+    rows of Llama-2-13B, of group 1, 394 with 512 and 382 with 2,560.
     """
     whole = num_items * max(1, at_once // num_items)
-    return whole if whole >= 0.9 * at_once * triton.cdiv(whole, at_once) else at_once
+    rounds = triton.cdiv(whole, at_once)
+    if whole < 0.9 * at_once * rounds:
+        return at_once
+    return whole if group == 1 else triton.cdiv(whole, rounds)

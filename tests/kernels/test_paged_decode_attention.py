@@ -3,13 +3,14 @@ what it does to the newest tokens, against the twin."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from weft_kernels import HeadTransform, reference
-from weft_kernels.paged_decode_attention import paged_decode_attention
+from weft_kernels.paged_decode_attention import _slots, paged_decode_attention
 from weft_kernels.stretches import choose_num_programs
 
 ERROR = 2e-6
@@ -24,7 +25,7 @@ def decode(batch: Any, num_programs: int | None, window: int = 0, slopes: torch.
     return out
 
 
-@pytest.mark.parametrize("num_programs", [1, 2, 5, 14, 40])  # for 30 tiles, or 16 in the window
+@pytest.mark.parametrize("num_programs", [1, 2, 5, 14, 40, 60])  # for 30 tiles, or 16 in the window, of 8 (row, head)
 @pytest.mark.parametrize("window", [0, 70])
 def test_any_number_of_programs(
     num_programs: int, window: int, device: torch.device, paged_batch: Any, error: Any
@@ -63,11 +64,22 @@ def test_newest_tokens(
 
 
 def test_programs_fill_the_gpu() -> None:
-    assert choose_num_programs(1 * 8, 528) == 528
-    assert choose_num_programs(64 * 8, 528) == 512
-    assert choose_num_programs(256 * 8, 528) == 2048
-    assert choose_num_programs(72 * 8, 528) == 528  # not 576, nearly two rounds
-    assert choose_num_programs(8 * 40, 528) == 528  # not 320
+    assert choose_num_programs(1 * 8, 528, 4) == 528
+    assert choose_num_programs(64 * 8, 528, 4) == 512
+    assert choose_num_programs(256 * 8, 528, 4) == 512
+    assert choose_num_programs(64 * 40, 528, 1) == 2560
+    assert choose_num_programs(72 * 8, 528, 4) == 528  # not 576, nearly two rounds
+    assert choose_num_programs(8 * 40, 528, 1) == 528  # not 320
+
+
+def test_scratch_serves_batches_of_all_sizes(device: torch.device, paged_batch: Any) -> None:
+    """A size that is met first while a graph is captured would have its scratch filled in that graph only."""
+    batch = paged_batch(ROWS, **SMALL, device=device)
+    decode(batch, 3)
+    num_made = _slots.cache_info().currsize
+    batch.layout = replace(batch.layout, max_decode_rows=2)
+    decode(batch, 5)
+    assert _slots.cache_info().currsize == num_made
 
 
 def test_rows_beyond_those_that_decode(device: torch.device, paged_batch: Any, error: Any) -> None:
@@ -126,3 +138,27 @@ def test_realistic_sizes(
     assert error(out, batch.dense_attention(0.25)) < 8e-3
     for _ in range(50):
         assert torch.equal(decode(batch, None), out), "the order in which programs arrive does not show"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", [(16, 8, 128), (14, 2, 64), (12, 12, 64), (8, 8, 256), (8, 2, 32)], ids=str)
+@pytest.mark.parametrize("num_rows", [70, 150])
+@pytest.mark.parametrize("num_padded", [0, 350])
+def test_many_rows(
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    num_rows: int,
+    num_padded: int,
+    device: torch.device,
+    paged_batch: Any,
+    error: Any,
+) -> None:
+    """OPT-125M hung with more than 64, while rows of 128 a head ran; see the kernel."""
+    num_heads, num_kv_heads, head_dim = heads
+    rows = [(row * 37 % 200, 1) for row in range(num_rows)] + [(0, 1)] * num_padded
+    batch = paged_batch(
+        rows, num_decode_rows=len(rows), num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        page_size=64, dtype=dtype, device=device,
+    )  # fmt: skip
+    assert error(decode(batch, None), batch.dense_attention(0.25)) < 8e-3
