@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import pytest
 from click.testing import CliRunner
+from ports import free_port
 
 from weft.cli import main
 from weft.inference.v1 import inference_pb2 as pb
@@ -74,11 +75,19 @@ def test_complete(target: str) -> None:
     assert run("complete", "--target", target, "--max-tokens", "2", "-", text="xy").output == "xy\n"
 
 
-def test_errors_are_one_line(tmp_path: Any) -> None:
-    result = run("complete", "--target", f"unix:{tmp_path}/nobody.sock", "abc")
+@pytest.mark.parametrize("command", [["complete", "abc"], ["chat", "-m", "abc"], ["bench", "serve"]])
+def test_where_nothing_answers_one_line_says_so(tmp_path: Any, command: list[str]) -> None:
+    target = f"unix:{tmp_path}/nobody.sock"
+    result = run(*command, "--target", target)
     assert result.exit_code == 1
-    assert result.output.startswith("Error: ")
-    assert "Traceback" not in result.output
+    assert result.output == f"Error: nothing answers at {target} (target): is `weft serve` running there?\n"
+
+
+def test_bench_serve_says_where_nothing_answers_over_http() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    result = run("bench", "serve", "--url", url)
+    assert result.exit_code == 1
+    assert result.output == f"Error: nothing answers at {url} (--url): is `weft serve` running there?\n"
 
 
 def test_serve_needs_something_to_serve_on() -> None:

@@ -131,6 +131,21 @@ def test_retries_end(service: Any, target: str) -> None:
     assert len(service.requests) == 2
 
 
+async def test_an_address_where_nothing_answers_is_named(tmp_path: Any) -> None:
+    target = f"unix:{tmp_path}/none"
+    message = f"^nothing answers at {target} .target."
+    with Client(target, max_retries=0) as client:
+        with pytest.raises(Unavailable, match=message):
+            client.list_models()
+        with pytest.raises(Unavailable, match=message):
+            next(client.stream_generate("a"))
+    async with AsyncClient(target, max_retries=0) as aio_client:
+        with pytest.raises(Unavailable, match=message):
+            await aio_client.list_models()
+        with pytest.raises(Unavailable, match=message):
+            await anext(aio_client.stream_generate("a"))
+
+
 def test_a_stream_that_began_is_not_retried(service: Any, target: str) -> None:
     service.fail_after_messages = 2
     with Client(target) as client:

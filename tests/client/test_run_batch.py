@@ -115,7 +115,7 @@ def test_a_busy_service_is_asked_again_and_other_errors_are_kept(server: EchoSer
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "Expecting"),
+        ("{", "line 2: is not JSON: Expecting"),
         ("[]", "must be a JSON object"),
         (json.dumps(request(1, custom_id=7)), "custom_id"),
         (json.dumps(request(1, method="GET")), "method"),
@@ -134,10 +134,30 @@ def test_a_bad_line_fails_alone(server: EchoServer, tmp_path: Path, line: str, m
     assert "2 requests, 1 failed" in output
 
 
-def test_a_service_that_is_gone(server: EchoServer, tmp_path: Path) -> None:
+def test_a_service_that_is_gone(server: EchoServer) -> None:
     server.socket.close()
-    results, _ = run(server, tmp_path, [json.dumps(request(1))])
-    assert results[0]["error"]["code"] == "connection_error"
+    assert BatchRunner(server.url, None).run(1, json.dumps(request(1)))["error"]["code"] == "connection_error"
+
+
+def test_no_line_is_run_where_nothing_answers(server: EchoServer, tmp_path: Path) -> None:
+    server.socket.close()
+    output = tmp_path / "out.jsonl"
+    output.write_text("the last answers")
+    arguments = ["run-batch", "-i", "-", "-o", str(output), "--base-url", server.url]
+    result = CliRunner().invoke(main, arguments, input=json.dumps(request(1)))
+    assert result.exit_code == 1
+    assert result.output == f"Error: nothing answers at {server.url} (--base-url): is `weft serve` running there?\n"
+    assert output.read_text() == "the last answers"
+
+
+def test_a_missing_folder_is_found_before_a_service_is_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("weft.cli.run_batch.local_service", lambda _: pytest.fail("a service was started"))
+    arguments = ["run-batch", "-i", "-", "-o", str(tmp_path / "none/out.jsonl")]
+    result = CliRunner().invoke(main, arguments, input="", catch_exceptions=False)
+    assert result.exit_code == 1
+    assert "No such file or directory" in result.output
 
 
 def test_a_connection_that_was_idle_too_long_is_opened_again(server: EchoServer, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ class AsyncClient:
         timeout: float | None = None,
         max_retries: int = 3,
     ) -> None:
+        self._target = target
         self._channel = (
             grpc.aio.secure_channel(target, credentials, CHANNEL_OPTIONS)
             if credentials
@@ -123,7 +124,7 @@ class AsyncClient:
                 answer: Response = await method(call.request, timeout=attempt.remaining(), metadata=self._metadata)
                 return answer
             except grpc.aio.AioRpcError as error:
-                problem = from_rpc_error(error)
+                problem = from_rpc_error(error, self._target)
             await asyncio.sleep(attempt.delay(problem))
 
     async def _stream(self, call: Call[Response]) -> AsyncIterator[Response]:
@@ -137,7 +138,7 @@ class AsyncClient:
                     yield message
                 return
             except grpc.aio.AioRpcError as error:
-                problem = from_rpc_error(error)
+                problem = from_rpc_error(error, "" if started else self._target)
             finally:
                 stream.cancel()
             if started:

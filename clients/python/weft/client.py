@@ -36,6 +36,7 @@ class Client:
         timeout: float | None = None,
         max_retries: int = 3,
     ) -> None:
+        self._target = target
         self._channel = (
             grpc.secure_channel(target, credentials, CHANNEL_OPTIONS)
             if credentials
@@ -121,7 +122,7 @@ class Client:
                 answer: Response = method(call.request, timeout=attempt.remaining(), metadata=self._metadata)
                 return answer
             except grpc.RpcError as error:
-                problem = from_rpc_error(error)
+                problem = from_rpc_error(error, self._target)
             time.sleep(attempt.delay(problem))
 
     def _stream(self, call: Call[Response]) -> Iterator[Response]:
@@ -135,7 +136,7 @@ class Client:
                     yield message
                 return
             except grpc.RpcError as error:
-                problem = from_rpc_error(error)
+                problem = from_rpc_error(error, "" if started else self._target)
             finally:
                 stream.cancel()
             if started:

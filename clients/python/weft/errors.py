@@ -99,8 +99,19 @@ _CLASSES: dict[grpc.StatusCode, type[WeftError]] = {
 }
 
 
-def from_rpc_error(error: Any) -> WeftError:
-    """The typed error of a ``grpc.RpcError``, sync or aio, with what its google.rpc details say."""
+def unreachable(address: str, argument: str) -> Unavailable:
+    """Nothing answers at an address; ``argument`` is what it was given as."""
+    return Unavailable(
+        f"nothing answers at {address} ({argument}): is `weft serve` running there?", grpc.StatusCode.UNAVAILABLE
+    )
+
+
+def from_rpc_error(error: Any, target: str = "") -> WeftError:
+    """The typed error of a ``grpc.RpcError``, sync or aio, with what its google.rpc details say.
+
+    ``target``: whom a call was to reach that has had no answer yet. gRPC says at length that it could not connect, and
+    unlike a service that is not available it gives no details.
+    """
     code: grpc.StatusCode = error.code()
     reason, field, retry_after = "", "", None
     for detail in _details(error):
@@ -111,6 +122,8 @@ def from_rpc_error(error: Any) -> WeftError:
             field = violations[0].field if violations else ""
         elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
             retry_after = _unpack(detail, error_details_pb2.RetryInfo()).retry_delay.ToTimedelta().total_seconds()
+    if target and code is grpc.StatusCode.UNAVAILABLE and not reason:
+        return unreachable(target, "target")
     message = error.details() or code.name
     if field and field not in message:
         message = f"{field}: {message}"

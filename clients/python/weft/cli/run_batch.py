@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from weft.cli.local import local_service
 from weft.cli.options import COUNT, FORWARDING, check_url
+from weft.errors import unreachable
 from weft.services import API_KEY_VARIABLE
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
@@ -42,6 +43,16 @@ class BatchRunner:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._local = threading.local()
 
+    def check(self) -> None:
+        """Raise Unavailable if nothing answers at the address."""
+        connection = self._connection()
+        try:
+            connection.connect()
+        except OSError as error:
+            raise unreachable(self._url.geturl(), "--base-url") from error
+        finally:
+            connection.close()
+
     def run(self, number: int, line: str) -> dict[str, Any]:
         """The output line of input line ``number``: a response, or an error if it is bad or the service is gone."""
         name = f"batch_req_{uuid.uuid4().hex}"
@@ -52,7 +63,8 @@ class BatchRunner:
             check_line(request)
             payload = json.dumps(request["body"]).encode()
         except (ValueError, RecursionError) as error:
-            message = error.msg if isinstance(error, json.JSONDecodeError) else error  # its text has lines of its own
+            # Its text has lines of its own.
+            message = f"is not JSON: {error.msg}" if isinstance(error, json.JSONDecodeError) else error
             return {**output, "error": {"code": "invalid_line", "message": f"line {number}: {message}"}}
         try:
             return {**output, "response": self._post(request["url"], payload)}
@@ -74,9 +86,8 @@ class BatchRunner:
         }
 
     def _send(self, path: str, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
-        kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
         if not hasattr(self._local, "connection"):
-            self._local.connection = kind(self._url.netloc)
+            self._local.connection = self._connection()
         connection = self._local.connection
         was_open = connection.sock is not None
         try:
@@ -88,6 +99,10 @@ class BatchRunner:
             if was_open and isinstance(error, ConnectionError):  # services close connections that were idle
                 return self._send(path, body)
             raise
+
+    def _connection(self) -> http.client.HTTPConnection:
+        kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
+        return kind(self._url.netloc)
 
 
 def check_line(request: Any) -> None:
@@ -148,10 +163,13 @@ def run_batch(
     Without --base-url a private service of MODEL, by default the built-in one, is started; other options are those of
     the backend, as `weft backend --help` lists them.
     """
-    if output.exists() and output.samefile(source.name):
+    if output.exists() and Path(source.name).exists() and output.samefile(source.name):  # stdin has no path
         raise click.UsageError("-o is the input file: it would be emptied before it is read")
     if base_url and arguments:
         raise click.UsageError("MODEL and backend options have no effect with --base-url")
+    if base_url:
+        BatchRunner(base_url, api_key).check()
+    output.open("a").close()  # a folder that is missing is found before a service is started
     num_done = num_failed = 0
     with _service(base_url, arguments) as url, output.open("w", encoding="utf-8") as sink:
         results = run_lines(BatchRunner(url, api_key), source, concurrency)

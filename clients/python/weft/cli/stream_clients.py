@@ -22,7 +22,7 @@ import grpc
 
 from weft import calls
 from weft.client import Client
-from weft.errors import WeftError, from_rpc_error
+from weft.errors import WeftError, from_rpc_error, unreachable
 from weft.sampling_params import SamplingParams
 from weft.transport import CHANNEL_OPTIONS
 
@@ -54,7 +54,7 @@ class Service:
                 raise WeftError(f"HTTP {answer.status}: {answer.read().decode(errors='replace')[-500:]}")
             return int(json.load(answer)["count"])
         except OSError as error:
-            raise WeftError(f"cannot connect to {address.netloc}: {error.strerror}") from error
+            raise unreachable(self.url, "--url") from error
         finally:
             connection.close()
 
