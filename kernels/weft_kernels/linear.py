@@ -1,7 +1,8 @@
 """Linear layers with what stands around them: the norm before, and activation and residual sum after.
 
-Few tokens go through kernels that stream the weights (``mma_linear``, ``wgmma_linear``, ``wide_linear``), more through
-the library.
+Few tokens go through kernels that stream the weights: up to 8 through ``mma_linear``, up to 64 through
+``wgmma_linear``, up to 256 through ``wide_linear`` if the weights have 16 bits. More go through the library. From 9
+tokens on float8 weights are multiplied with tokens rounded to float8.
 """
 
 from __future__ import annotations
@@ -34,10 +35,14 @@ def linear(
     """x [T, K], weight [N, K] -> [T, N], or the residual, to which it is added. See ``Ops.linear``."""
     (num_tokens, size), num_outputs = x.shape, weight.shape[0]
     on_hopper = x.dtype != torch.float32 and is_hopper(x.device)
+    fits_tiles = bias is None or activation != "silu_and_mul"
     if on_hopper:
-        tile = mma_tile(num_tokens, num_outputs, size, num_sms(x.device))
-        if tile is not None:
+        is_float8, sms = weight_scale is not None, num_sms(x.device)
+        if (tile := mma_tile(num_tokens, num_outputs, size, is_float8, sms)) is not None:
             return mma_linear(x, weight, bias, weight_scale, norm, residual, activation, tile)
+        few = wgmma_tile(num_tokens, num_outputs, size, activation, is_float8, sms)
+        if few is not None and fits_tiles:
+            return wgmma_linear(x, weight, bias, weight_scale, norm, residual, activation, few)
     if weight_scale is not None:
         y = _scaled_matmul(x, weight, weight_scale, norm)
         if bias is not None:
@@ -45,13 +50,11 @@ def linear(
     else:
         if norm is not None:
             x = normalize(x, norm)
-        if on_hopper and (bias is None or activation != "silu_and_mul"):
-            sizes = (num_tokens, num_outputs, size, activation, num_sms(x.device))
-            if (few := wgmma_tile(*sizes)) is not None:
-                return wgmma_linear(x, weight, bias, residual, activation, few)
-            if (some := wide_tile(*sizes)) is not None:
+        if on_hopper and fits_tiles:
+            some = wide_tile(num_tokens, num_outputs, size, activation, sms)
+            if some is not None:
                 return wide_linear(x, weight, bias, residual, activation, some)
-            if activation == "silu_and_mul" and suits_tiles(num_tokens, num_outputs // 2, size, num_sms(x.device)):
+            if activation == "silu_and_mul" and suits_tiles(num_tokens, num_outputs // 2, size, sms):
                 y = silu_matmul(x, weight)
                 return y if residual is None else residual.add_(y)
         if residual is not None and bias is None and activation is None:

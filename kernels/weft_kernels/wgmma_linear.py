@@ -5,6 +5,8 @@ tokens are no waste. A program owns ``BLOCK_N`` outputs (for silu_and_mul half o
 one of ``NUM_SPLITS`` stretches of K; TMA copies keep ``NUM_STAGES - 1`` tiles on their way, of the weights even before
 the kernel in front has ended. With several stretches, programs leave their sums in ``partials``, wait for each other,
 and add up their shares of the outputs, in the order of the stretches, so that results depend on no race.
+
+A norm has a kernel of its own. Float8 weights are multiplied with tokens of float8, which the same kernel rounds.
 """
 
 from __future__ import annotations
@@ -26,8 +28,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from weft_kernels.gluon_names import SWIZZLED, async_load, barrier, let_next_begin, wait_for_kernel_before
 from weft_kernels.launch import linear_output, num_sms
-from weft_kernels.ops import Activation
+from weft_kernels.norm import normalize, quantize
+from weft_kernels.ops import Activation, Norm
 from weft_kernels.split_sums import sum_counters
+
+SWIZZLED_FLOAT8 = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 
 
 class WgmmaTile(NamedTuple):
@@ -80,6 +85,8 @@ def _sum_over_splits(acc, partials, counter, block, split, NUM_SPLITS: gl.conste
 def _wgmma_linear_kernel(  # type: ignore[no-untyped-def]
     weight,  # descriptor of [N, K]
     x,  # descriptor of [T, K]
+    weight_scale,  # float32 [N] for float8 weights, or None
+    x_scale,  # float32 [T] for float8 weights, or None
     bias,  # [N] or None
     residual,  # [T, N] or None
     out,  # [T, N], or [T, N / 2] for silu_and_mul; may be the residual
@@ -98,9 +105,10 @@ def _wgmma_linear_kernel(  # type: ignore[no-untyped-def]
 ):
     GATED: gl.constexpr = ACTIVATION == "silu_and_mul"
     OWNED: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    BYTES: gl.constexpr = (BLOCK_N + BLOCK_T) * BLOCK_K * 2
+    BITS: gl.constexpr = weight.dtype.primitive_bitwidth
+    BYTES: gl.constexpr = (BLOCK_N + BLOCK_T) * BLOCK_K * BITS // 8
     layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, BLOCK_T, 16]
+        version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, BLOCK_T, 256 // BITS]
     )
     weights = gl.allocate_shared_memory(weight.dtype, [NUM_STAGES, BLOCK_N, BLOCK_K], weight.layout)
     inputs = gl.allocate_shared_memory(x.dtype, [NUM_STAGES, BLOCK_T, BLOCK_K], x.layout)
@@ -132,6 +140,13 @@ def _wgmma_linear_kernel(  # type: ignore[no-untyped-def]
     if residual is not None:
         before = gl.load(residual + at, mask=inside, other=0.0)
 
+    if weight_scale is not None:
+        row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
+        rows = gl.minimum(column + row % OWNED, width - 1) + row // OWNED * width
+        row_scales = gl.load(weight_scale + rows)
+        token = gl.arange(0, BLOCK_T, layout=gl.SliceLayout(0, layout))
+        token_scales = gl.load(x_scale + gl.minimum(token, num_tokens - 1))
+
     acc = gl.zeros([BLOCK_N, BLOCK_T], gl.float32, layout)
     for step in range(first, last):
         stage = (step - first) % NUM_STAGES
@@ -144,6 +159,8 @@ def _wgmma_linear_kernel(  # type: ignore[no-untyped-def]
         _copy_weights(weight, weights, barriers, free, column, width, k, wanted, OWNED, BYTES)
         async_load(x, [0, k], barriers.index(free), inputs.index(free), pred=wanted)
     acc = warpgroup_mma_wait(0, deps=[acc])
+    if weight_scale is not None:
+        acc *= row_scales[:, None] * token_scales[None, :]
 
     if NUM_SPLITS > 1:
         y = _sum_over_splits(acc, partials, counters + block, block, split, NUM_SPLITS)
@@ -171,11 +188,14 @@ def wgmma_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    weight_scale: Tensor | None,
+    norm: Norm | None,
     residual: Tensor | None,
     activation: Activation | None,
     tile: WgmmaTile,
 ) -> Tensor:
-    """``Ops.linear`` without its norm, of 1 to 64 tokens and weights of 16 bits; silu_and_mul without a bias."""
+    """``Ops.linear`` of 1 to 64 tokens of 16 bits, and weights of the same type or of float8; silu_and_mul without a
+    bias."""
     (num_tokens, size), num_outputs = x.shape, weight.shape[0]
     assert 0 < num_tokens <= 64
     assert size % tile.block_k == 0
@@ -190,9 +210,16 @@ def wgmma_linear(
         assert activation != "silu_and_mul"
         shape = (num_blocks, tile.num_splits, tile.block_n * block_t(num_tokens))
         partials = torch.empty(shape, dtype=torch.float32, device=x.device)
+    swizzled, x_scale = SWIZZLED, None
+    if weight_scale is not None:
+        swizzled, (x, x_scale) = SWIZZLED_FLOAT8, quantize(x, norm)
+    elif norm is not None:
+        x = normalize(x, norm)
     _wgmma_linear_kernel[(num_blocks, tile.num_splits)](
-        TensorDescriptor.from_tensor(weight, [owned, tile.block_k], SWIZZLED),
-        TensorDescriptor.from_tensor(x, [block_t(num_tokens), tile.block_k], SWIZZLED),
+        TensorDescriptor.from_tensor(weight, [owned, tile.block_k], swizzled),
+        TensorDescriptor.from_tensor(x, [block_t(num_tokens), tile.block_k], swizzled),
+        weight_scale,
+        x_scale,
         bias,
         residual,
         out,

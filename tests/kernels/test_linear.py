@@ -78,7 +78,9 @@ class Layer:
 
     def run_wgmma(self, tile: WgmmaTile) -> Tensor:
         residual = None if self.residual is None else self.residual.clone()
-        return wgmma_linear(self.x, self.weight, self.bias, residual, self.activation, tile)
+        return wgmma_linear(
+            self.x, self.weight, self.bias, self.weight_scale, self.norm, residual, self.activation, tile
+        )
 
     def run_wide(self, tile: WideTile) -> Tensor:
         residual = None if self.residual is None else self.residual.clone()
@@ -167,6 +169,31 @@ def test_mma_tiles(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 7])
+@pytest.mark.parametrize("tile", [MmaTile(32, 64, 4), MmaTile(16, 128, 16)], ids=str)
+def test_mma_tiles_of_float8(
+    dtype: torch.dtype, kind: dict[str, Any], num_tokens: int, tile: MmaTile, make_layer: MakeLayer, error: Any
+) -> None:
+    layer = make_layer(num_tokens, 472, 1392, dtype=dtype, fp8=True, **kind)
+    assert error(layer.run_mma(tile), layer.expected) < ERROR[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("magnitude", [1e5, 1e4, 1e-3, 1e-4])
+@pytest.mark.parametrize("norm", [None, "rms"])
+def test_large_and_tiny_tokens_with_float8_weights(
+    magnitude: float, norm: str | None, make_layer: MakeLayer, error: Any
+) -> None:
+    layer = make_layer(5, 64, 512, dtype=torch.bfloat16, fp8=True, norm=norm)
+    layer = replace(layer, x=layer.x * magnitude)
+    if layer.norm is not None:
+        layer = replace(layer, norm=replace(layer.norm, eps=0.0))
+    assert error(layer.run(triton_ops), layer.expected) < ERROR[torch.bfloat16]
+
+
+@pytest.mark.gpu
 def test_no_overflow_in_front_of_a_norm(make_layer: MakeLayer, error: Any) -> None:
     layer = make_layer(5, 64, 256, dtype=torch.float16, norm="rms")
     assert layer.norm is not None
@@ -188,6 +215,23 @@ def test_wgmma_tiles(
     first = layer.run_wgmma(tile)
     assert error(first, layer.expected) < ERROR[dtype]
     assert torch.equal(layer.run_wgmma(tile), first)  # the counters are zero again
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("num_tokens", [9, 17, 64])
+@pytest.mark.parametrize("tile", [WgmmaTile(64, 256, 4, 5), WgmmaTile(128, 128, 1, 4)], ids=str)
+def test_wgmma_tiles_of_float8(
+    dtype: torch.dtype, kind: dict[str, Any], num_tokens: int, tile: WgmmaTile, make_layer: MakeLayer, error: Any
+) -> None:
+    if kind.get("activation") == "silu_and_mul":
+        tile = tile._replace(block_n=128, num_splits=1, num_stages=4)
+    layer = make_layer(num_tokens, 472, 1536, dtype=dtype, fp8=True, **kind)
+    if layer.norm is None:  # tokens that are not rounded, since they are of float8 with the largest magnitude
+        layer.x[:, 0] = 448 / 64
+        layer.x.copy_((layer.x * 64).clamp(-448, 448).to(FP8).to(dtype) / 64)
+    assert error(layer.run_wgmma(tile), layer.expected) < (0.01 if layer.norm is None else 0.1)
 
 
 # A tile for all tokens, and several; more tiles than programs; as few tokens as a piece has.
@@ -237,3 +281,5 @@ def test_realistic_sizes(num_tokens: int, size: tuple[int, int], make_layer: Mak
     for kind in KINDS:
         layer = make_layer(num_tokens, *size, dtype=torch.bfloat16, **kind)
         assert error(layer.run(triton_ops), layer.expected) < ERROR[torch.bfloat16]
+        layer = make_layer(num_tokens, *size, dtype=torch.bfloat16, fp8=True, **kind)
+        assert error(layer.run(triton_ops), layer.expected) < (ERROR[torch.bfloat16] if num_tokens <= 8 else 0.1)
