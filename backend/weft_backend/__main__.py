@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import logging
 import sys
 from pathlib import Path
@@ -13,13 +14,38 @@ from weft_backend.config import BUILTIN_MODEL, BUILTIN_MODEL_NAME, BackendConfig
 from weft_backend.errors import EngineDied, StartupError
 from weft_backend.server import serve
 
-_NO_REMOTE_CODE = (
-    "--trust-remote-code is not needed and not supported: every model is implemented in this package, "
-    "and code from a checkpoint is never executed"
-)
+# What is asked of other engines by a flag.
+_ANSWERS = {
+    "--trust-remote-code": "is not needed and not supported: every model is implemented in this package, "
+    "and code from a checkpoint is never executed",
+    "--enable-chunked-prefill": "is not needed: long prompts are always read in chunks",
+    "--disable-log-requests": "is not needed: requests are never logged",
+    "--disable-log-stats": "is not needed: statistics are never logged, they are at /metrics",
+    "--model": "is not a flag here: the model is given without one, before or after the flags",
+    "-tp": "is called --tensor-parallel-size",
+}
+_CLOSE = 0.82  # --max-seqs is 0.83 from --max-num-seqs; --data-parallel-size is 0.81 from --tensor-parallel-size
 
 
-@click.command(context_settings={"show_default": True, "max_content_width": 120})
+class _Command(click.Command):
+    """Answers flags that it does not have."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for flag in (argument.partition("=")[0] for argument in args):
+            if flag in _ANSWERS:
+                raise click.UsageError(f"{flag} {_ANSWERS[flag]}", ctx)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            flags = [flag for option in self.params for flag in (*option.opts, *option.secondary_opts)]
+            close = difflib.get_close_matches(error.option_name, flags, n=1, cutoff=_CLOSE)
+            raise click.NoSuchOption(error.option_name, possibilities=close, ctx=ctx) from None
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx  # with it the usage is shown, by which weft.services knows these errors
+            raise
+
+
+@click.command(cls=_Command, context_settings={"show_default": True, "max_content_width": 120})
 @click.argument("model", default="")
 @click.option("--served-model-name", help="Name clients use for the model.  [default: last part of MODEL]")
 @click.option("--host", default="127.0.0.1", help="Address to bind. There is no authentication: think before 0.0.0.0.")
@@ -45,7 +71,7 @@ _NO_REMOTE_CODE = (
 @click.option("--block-size", default=64, help="Tokens per page of the KV cache, a power of two.")
 @click.option("--num-pages", type=int, help="Pages of the KV cache.  [default: what memory holds]")
 @click.option("--gpu-memory-utilization", default=0.9, help="Share of the GPU's memory to use.")
-@click.option("--swap-space", default=0.0, help="GiB of host memory for cached prefixes.")
+@click.option("--swap-space", default=0.0, help="GiB of host memory for cached prefixes, per GPU.")
 @click.option("--max-num-seqs", default=256, help="Sequences that run at once.")
 @click.option("--max-num-batched-tokens", default=8192, help="Tokens per step.")
 @click.option(
@@ -57,7 +83,6 @@ _NO_REMOTE_CODE = (
 @click.option("--tensor-parallel-size", default=1, help="GPUs that share the model.")
 @click.option("--drain-timeout", default=30.0, help="Seconds that running requests get at SIGTERM.")
 @click.option("--watchdog-timeout", default=60.0, help="Seconds without a step after which the engine is ended.")
-@click.option("--trust-remote-code", is_flag=True, hidden=True)
 def main(
     model: str,
     served_model_name: str | None,
@@ -67,20 +92,20 @@ def main(
     metrics_port: int,
     drain_timeout: float,
     watchdog_timeout: float,
-    trust_remote_code: bool,
     **engine: object,
 ) -> None:
     """Serve MODEL, a folder or a Hugging Face id, over gRPC (weft.engine.v1).
 
-    Without MODEL it is the built-in weft-tiny.
+    Without MODEL it is the built-in weft-tiny, which can be named so, too.
     """
-    if trust_remote_code:
-        raise click.UsageError(_NO_REMOTE_CODE)
-    name = served_model_name or (Path(model).name if model else BUILTIN_MODEL_NAME)
+    if not model or (model == BUILTIN_MODEL_NAME and not Path(model).is_dir()):
+        model, default_name = str(BUILTIN_MODEL), BUILTIN_MODEL_NAME
+    else:
+        default_name = Path(model).name
     logging.basicConfig(level=logging.WARNING, format="weft: %(message)s")
     try:
         config = BackendConfig(
-            engine=EngineConfig(model=model or str(BUILTIN_MODEL), served_model_name=name, **engine),  # type: ignore[arg-type]
+            engine=EngineConfig(model=model, served_model_name=served_model_name or default_name, **engine),  # type: ignore[arg-type]
             address=listen or f"{host}:{port}",
             metrics_address=(host, metrics_port) if metrics_port else None,
             drain_timeout=drain_timeout,

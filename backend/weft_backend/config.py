@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class EngineConfig:
     block_size: int = 64  # tokens per page, a power of two
     num_pages: int | None = None  # None: what fits into memory
     gpu_memory_utilization: float = 0.9  # share of the device's memory to use
-    swap_space: float = 0.0  # GiB of host memory for prefixes that leave the device
+    swap_space: float = 0.0  # GiB of host memory for prefixes that leave the device, per GPU
     max_num_batched_tokens: int = 8192  # per step
     max_num_seqs: int = 256
     max_queued_tokens: int | None = None  # None: the limit of weft.limits
@@ -49,7 +50,9 @@ class EngineConfig:
         _check(self, "kv_cache_dtype", self.kv_cache_dtype in ("auto", *FLOAT8_NAMES), "auto, fp8 or fp8_e4m3")
         # What the attention kernels take; the CPU would take any, but then a setting would not move to a GPU.
         _check(self, "block_size", self.block_size >= 1 and self.block_size.bit_count() == 1, "a power of two")
-        _check(self, "swap_space", 0 <= self.swap_space < math.inf, "at least 0 GiB")
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30) / self.tensor_parallel_size
+        range_ = f"at least 0 GiB, and at most {room:.1f} GiB, which is this machine's memory per GPU"
+        _check(self, "swap_space", 0 <= self.swap_space <= room, range_)
         _check(self, "seed", self.seed is None or -(1 << 63) <= self.seed < 1 << 63, "a signed number of 64 bits")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise StartupError(

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -46,6 +47,16 @@ def test_builtin_model_is_the_default(parse: Callable[..., BackendConfig]) -> No
     assert (engine.model, engine.served_model_name) == (str(BUILTIN_MODEL), "weft-tiny")
 
 
+def test_the_builtin_model_has_a_name(
+    parse: Callable[..., BackendConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse("weft-tiny") == parse()
+    assert parse("weft-tiny", "--served-model-name", "alias").engine.served_model_name == "alias"
+    (tmp_path / "weft-tiny").mkdir()
+    assert parse("weft-tiny").engine.model == "weft-tiny", "a folder of that name wins"
+
+
 @pytest.mark.parametrize(("model", "name"), [("org/some-model", "some-model"), ("/models/local/", "local")])
 def test_served_name_is_the_last_part_of_the_model(parse: Callable[..., BackendConfig], model: str, name: str) -> None:
     assert parse(model).engine.served_model_name == name
@@ -75,6 +86,15 @@ def test_listen_replaces_host_and_port(parse: Callable[..., BackendConfig]) -> N
         (["--max-queued-tokens", "0"], "--max-queued-tokens 0: must be at least 1"),
         (["--swap-space", "-1"], "--swap-space -1.0: must be at least 0 GiB"),
         (["--swap-space", "inf"], "--swap-space inf: must be at least 0 GiB"),
+        (["--swap-space", "999999"], "GiB, which is this machine's memory per GPU"),
+        (["--enable-chunked-prefill"], "--enable-chunked-prefill is not needed"),
+        (["--disable-log-requests"], "--disable-log-requests is not needed"),
+        (["--disable-log-stats"], "--disable-log-stats is not needed"),
+        (["--model", "x"], "the model is given without one"),
+        (["--model=x"], "the model is given without one"),
+        (["-tp", "2"], "-tp is called --tensor-parallel-size"),
+        (["--max-seqs", "3"], "No such option '--max-seqs'. Did you mean '--max-num-seqs'?"),
+        (["--no-enable-prefix-cache"], "Did you mean '--no-enable-prefix-caching'?"),
         (["--seed", str(1 << 63)], "--seed 9223372036854775808: must be a signed number of 64 bits"),
         (["--drain-timeout", "-1"], "--drain-timeout -1.0: must be at least 0 s"),
         (["--watchdog-timeout", "0"], "--watchdog-timeout 0.0: must be more than 0 s"),
@@ -88,6 +108,19 @@ def test_bad_flags_are_refused_in_a_sentence(args: list[str], says: str) -> None
     assert result.exit_code != 0
     assert says in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("flag", ["--bad", "--data-parallel-size", "--pipeline-parallel-size", "--no-enable-lora"])
+def test_only_what_is_close_is_suggested(flag: str) -> None:
+    result = CliRunner().invoke(cli.main, [flag, "2"])
+    assert result.output.endswith(f"Error: No such option '{flag}'.\n")
+
+
+def test_swap_space_is_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 8 << 18, "SC_PAGE_SIZE": 4096}.get)
+    assert EngineConfig(swap_space=4.0, tensor_parallel_size=2).swap_space == 4
+    with pytest.raises(StartupError, match=r"--swap-space 5.0: must be at least 0 GiB, and at most 4.0 GiB"):
+        EngineConfig(swap_space=5.0, tensor_parallel_size=2)
 
 
 @pytest.mark.parametrize("error", [StartupError("no room (--num-pages)"), EngineDied("it was killed")])
@@ -105,7 +138,7 @@ def test_help_is_complete_and_short() -> None:
     result = CliRunner().invoke(cli.main, ["--help"], terminal_width=120)
     assert len(result.output.splitlines()) < 45
     options = re.findall(r"^ +(--[a-z-]+)", result.output, re.MULTILINE)
-    assert len(options) == len(cli.main.params) - 1  # without MODEL and the hidden flag, with --help
+    assert len(options) == len(cli.main.params)  # without MODEL, with --help
 
 
 def test_the_io_process_imports_no_torch() -> None:

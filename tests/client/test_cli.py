@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from click.testing import CliRunner
 from ports import free_port
 
 from weft.cli import main
+from weft.cli.options import ModelFolder
 from weft.inference.v1 import inference_pb2 as pb
+from weft.services import MODULES
 
 COMMANDS = ["serve", "chat", "complete", "run-batch", "bench", "bench engine", "bench serve", "bench frontend", "demo"]
 
@@ -192,6 +195,7 @@ def test_options_are_checked_before_anything_starts(arguments: list[str]) -> Non
     ("arguments", "exit_code", "error"),
     [
         ("serve --no-such-flag", 2, "Error: No such option '--no-such-flag'."),
+        ("serve -tp 2", 2, "Error: -tp is called --tensor-parallel-size"),
         ("serve --block-size", 2, "Error: Option '--block-size' requires an argument."),
         ("demo --block-size", 2, "Error: Option '--block-size' requires an argument."),
         ("bench engine . --block-size", 2, "Error: Option '--block-size' requires an argument."),
@@ -214,8 +218,27 @@ def test_a_start_that_fails_says_why_once(arguments: str, exit_code: int, error:
     assert result.returncode == exit_code
     assert result.stderr.splitlines()[-1].startswith(error.replace("PORT", port))
     assert result.stderr.count(error.partition(":")[2].replace("PORT", port)) == 1
+    assert "Usage: weft backend" not in result.stderr, "that is not what was typed"
     assert "Address" in error or "Address" not in result.stderr
     assert not list(tmp_path.glob("weft-*"))
+
+
+@pytest.mark.parametrize(
+    "command", ["serve", "backend", "frontend", "demo", "bench engine weft-tiny", "bench frontend"]
+)
+def test_a_missing_module_is_one_line(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weft.services.MODULES", dict.fromkeys(MODULES, ("weft_no_such",)))
+    result = run(*command.split())
+    assert result.exit_code == 1
+    assert re.fullmatch(r"Error: weft_no_such is not installed: pip install 'weft\[\w+\]'\n", result.output)
+
+
+def test_bench_engine_knows_the_builtin_model_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = ModelFolder()
+    assert (folder.convert("weft-tiny", None, None) / "config.json").is_file()
+    (tmp_path / "weft-tiny").mkdir()
+    assert folder.convert("weft-tiny", None, None) == Path("weft-tiny"), "a folder of that name wins"
 
 
 def test_a_file_that_cannot_be_written_is_one_line(target: str, tmp_path: Any) -> None:

@@ -125,9 +125,9 @@ def test_letting_go_ends_the_services(checkpoint: Path) -> None:
     ("model", "options", "message"),
     [
         ("no/such/folder", {}, "no/such/folder"),
-        (None, {"max_num_batched_tokens": 1}, "--max-num-batched-tokens 1 is below"),
-        (None, {"no_such_option": 1}, "No such option"),
-        (None, {"trust_remote_code": True}, "not needed"),
+        (None, {"max_num_batched_tokens": 1}, "max_num_batched_tokens 1 is below max_num_seqs"),
+        (None, {"max_seqs": 1}, "^No such option 'max_seqs'. Did you mean 'max_num_seqs'.$"),
+        (None, {"trust_remote_code": True}, "^trust_remote_code is not needed"),
     ],
 )
 def test_the_cause_of_a_failed_start_is_raised(checkpoint: Path, model: str | None, options: Any, message: str) -> None:

@@ -150,9 +150,7 @@ def test_no_line_is_run_where_nothing_answers(server: EchoServer, tmp_path: Path
     assert output.read_text() == "the last answers"
 
 
-def test_a_missing_folder_is_found_before_a_service_is_started(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_missing_folder_is_found_before_a_service_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("weft.cli.run_batch.local_service", lambda _: pytest.fail("a service was started"))
     arguments = ["run-batch", "-i", "-", "-o", str(tmp_path / "none/out.jsonl")]
     result = CliRunner().invoke(main, arguments, input="", catch_exceptions=False)

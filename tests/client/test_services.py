@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from contextlib import suppress
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
 from weft.errors import StartError
-from weft.services import Service, flags
+from weft.services import BACKEND, FRONTEND, MODULES, Service, Stack, check_installed, flags
 
 
 def test_flags_of_keyword_arguments() -> None:
@@ -32,6 +35,31 @@ def test_what_a_service_wrote_last_is_in_the_error(capfd: pytest.CaptureFixture[
         _wait_for_end(service)
     assert caught.value.exit_code == 1
     assert capfd.readouterr().err.count("No module named weft_missing") == 1
+
+
+def test_wrong_arguments_are_told_by_the_caller_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    service = Service(FRONTEND, ["--no-such-flag"])
+    with pytest.raises(StartError, match=r"^No such option '--no-such-flag'\.$") as caught:
+        _wait_for_end(service)
+    assert caught.value.exit_code == 2
+    assert capfd.readouterr().err == ""
+
+
+def test_what_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODULES, FRONTEND, ("json", "weft_no_such"))
+    with pytest.raises(StartError, match=r"^weft_no_such is not installed: pip install 'weft\[frontend\]'$"):
+        check_installed(FRONTEND)
+    with pytest.raises(StartError, match=r"'weft\[all\]'"):
+        Stack([], [])
+
+
+@pytest.mark.parametrize("service", [BACKEND, FRONTEND])
+def test_the_modules_that_are_looked_for_are_those_of_the_extra(service: str) -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extra = project["optional-dependencies"][service.removeprefix("weft_")]
+    wanted = {match[0] for requirement in extra if (match := re.match(r"[\w-]+", requirement))} - {"triton"}
+    found = packages_distributions()
+    assert {found[module][0].lower().replace("_", "-") for module in MODULES[service]} == wanted
 
 
 def _wait_for_end(service: Service) -> None:

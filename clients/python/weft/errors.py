@@ -77,7 +77,8 @@ class Cancelled(WeftError):
 class StartError(RuntimeError):
     """A service did not become ready, or ended; the message holds the last line it wrote.
 
-    ``exit_code`` is the service's, if it has ended: above 0 it has told why on stderr, below it was killed.
+    ``exit_code`` is the service's, if it has ended: above 0 it has told why on stderr, but for 2, which is for wrong
+    arguments; below 0 it was killed.
     """
 
     def __init__(self, message: str, exit_code: int = 0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import weakref
 from collections.abc import Sequence
 from typing import Unpack, cast
@@ -12,7 +13,7 @@ from weft.calls import PromptLike, TemplateOptions, as_list, prompt_parts
 from weft.connection import Connection
 from weft.conversation import MessageLike
 from weft.engine.v1.model_pb2 import ModelCard
-from weft.errors import Overloaded
+from weft.errors import Overloaded, StartError
 from weft.inference.v1.inference_pb2 import Model
 from weft.limits import check_token_ids
 from weft.outputs import CompletionOutput, RequestOutput
@@ -25,6 +26,7 @@ ParamsLike = SamplingParams | Sequence[SamplingParams] | None
 _MAX_TOKENIZE_CALLS = 32  # under way at once
 _MAX_STREAMS = 1024
 _OVERLOAD_WAIT = 1.0  # seconds, where the service names none
+_FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)")  # of the backend; here it is a keyword
 
 
 class LLM:
@@ -49,6 +51,9 @@ class LLM:
                 self._model = _pick(models, None)
             else:
                 self._model = _pick(self._connection.join(target), model)
+        except StartError as error:
+            self.close()
+            raise StartError(_FLAG.sub(_keyword, str(error)), error.exit_code) from None
         except BaseException:
             self.close()
             raise
@@ -164,6 +169,10 @@ def _pick(models: Sequence[Model], name: str | None) -> Model:
     if name not in names:
         raise ValueError(f"model: must be one of those served here: {', '.join(names)}")
     return models[names.index(name)]
+
+
+def _keyword(flag: re.Match[str]) -> str:
+    return flag[1].replace("-", "_")
 
 
 def _one_each(params: ParamsLike, num_prompts: int) -> list[SamplingParams | None]:

@@ -1,11 +1,13 @@
 """A backend and its frontends as child processes of this one.
 
 The services are started as ``python -m weft_backend`` and ``python -m weft_frontend``; this package imports neither.
-What they write goes on to this process's stderr, and the last line is kept for the error: it names the cause.
+What they write goes on to this process's stderr, and the last line is kept for the error: it names the cause. Only what
+they say of wrong arguments does not: whoever was given them says it, in its own terms.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -18,7 +20,16 @@ from weft.errors import StartError
 
 BACKEND, FRONTEND = "weft_backend", "weft_frontend"
 
+# What the extras of pyproject.toml install for them; triton comes with a torch that needs it.
+_MODULES_OF_BOTH = ("tokenizers", "prometheus_client", "grpc_health", "grpc_reflection")
+MODULES = {
+    BACKEND: ("torch", "numpy", "safetensors", "huggingface_hub", *_MODULES_OF_BOTH),
+    FRONTEND: ("starlette", "uvicorn", "uvloop", "httptools", "orjson", "pydantic", "jinja2", *_MODULES_OF_BOTH),
+}
+
 API_KEY_VARIABLE = "WEFT_API_KEY"
+
+USAGE_ERROR = 2  # exit code of a service whose arguments are wrong
 
 # Asks Linux to end the child with its parent, even one that was killed, and becomes the service.
 _BOUND_TO_PARENT = (
@@ -44,6 +55,14 @@ def flags(options: Mapping[str, object]) -> list[str]:
             for item in value if isinstance(value, list | tuple) else [value]:
                 arguments += [f"--{flag}", str(item)]
     return arguments
+
+
+def check_installed(*services: str) -> None:
+    """Raise StartError, which names what to install, if a module that services need is not there."""
+    extra = services[0].removeprefix("weft_") if len(services) == 1 else "all"
+    for module in (module for service in services for module in (service, *MODULES[service])):
+        if importlib.util.find_spec(module) is None:
+            raise StartError(f"{module} is not installed: pip install 'weft[{extra}]'")
 
 
 class Service:
@@ -74,6 +93,8 @@ class Service:
         """Raise StartError, with the last line it wrote, if the service has ended."""
         if (exit_code := self._process.poll()) is not None:
             self._pump.join(timeout=1.0)
+            if exit_code == USAGE_ERROR:
+                raise StartError(self._last_line.removeprefix("Error: "), exit_code)
             raise StartError(f"the {self.name} ended with exit code {exit_code}: {self._last_line}", exit_code)
 
     def kill(self) -> None:
@@ -92,10 +113,13 @@ class Service:
 
     def _pass_on(self) -> None:
         assert self._process.stdout is not None
+        is_usage = False
         for line in self._process.stdout:
             self._last_line = line.strip() or self._last_line
-            sys.stderr.write(line)
-            sys.stderr.flush()
+            is_usage = is_usage or line.startswith("Usage: ")  # of a command that nobody typed
+            if not is_usage:
+                sys.stderr.write(line)
+                sys.stderr.flush()
 
 
 def _command(module: str, arguments: Sequence[str]) -> list[str]:
@@ -105,7 +129,8 @@ def _command(module: str, arguments: Sequence[str]) -> list[str]:
 
 
 def start_backend(address: str, arguments: Sequence[str]) -> Service:
-    """A backend that listens at ``address``; the arguments are the rest of its command line."""
+    """A backend that listens at ``address``; the arguments are the rest of its command line. Raises StartError."""
+    check_installed(BACKEND)
     return Service(BACKEND, ["--listen", address, *arguments])  # first, or a flag that lacks its value would take it
 
 
@@ -126,6 +151,7 @@ class Stack:
     def __init__(
         self, backend_arguments: Sequence[str], frontend_arguments: Sequence[str], private: bool = False
     ) -> None:
+        check_installed(BACKEND, FRONTEND)
         check_joined(backend_arguments)
         self._folder = tempfile.mkdtemp(prefix="weft-")
         self._socket = f"{self._folder}/backend.sock"

@@ -27,9 +27,9 @@ _POLL_SECONDS = 0.05
 @click.option("--gpu-memory-utilization", default=0.85, show_default=True)
 @click.option("--load-format", default="dummy", show_default=True)
 def bench_engine(max_num_seqs: int, gpu_memory_utilization: float, load_format: str, **load: Any) -> None:
-    """Time the engine on SHAPE, a folder with a config.json; weights are random unless --load-format says otherwise.
+    """Time the engine on SHAPE, a folder with a config.json, or weft-tiny.
 
-    Engine options are those of the backend, as `weft backend --help` lists them.
+    Weights are random unless --load-format says otherwise. Engine options are those of the backend, as `weft backend --help` lists them.
     """
     options = LoadOptions(**load)
     engine = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -23,8 +22,9 @@ import click
 import grpc.aio
 
 from weft.cli.local import free_ports
-from weft.cli.options import COUNT
+from weft.cli.options import COUNT, builtin_model
 from weft.inference.v1 import inference_pb2, inference_pb2_grpc
+from weft.services import FRONTEND, check_installed
 
 MAX_TOKENS = 4000  # of one stream; the fake model takes 4,096
 WARM_UP = 2.0  # seconds before the measured window
@@ -102,8 +102,9 @@ def bench_frontend(
     streams: int, seconds: float, interval: float, tokenizer: str | None, only_http: bool | None, json_path: str | None
 ) -> None:
     """CPU time a token of the frontend alone, over HTTP and gRPC."""
+    check_installed(FRONTEND)
     load = Load(streams, seconds, interval)
-    with _services(load, tokenizer or _builtin_tokenizer()) as frontend:
+    with _services(load, tokenizer or str(builtin_model())) as frontend:
         costs = {
             name: asyncio.run(_measure(frontend, load, read))
             for name, read, wanted in (("http", _read_http, only_http), ("grpc", _read_grpc, only_http is False))
@@ -134,15 +135,6 @@ def _services(load: Load, tokenizer: str) -> Iterator[Frontend]:
         process = stack.enter_context(_process("weft_frontend", "--backend", target, "--workers", "1", *ports))
         model = _await_ready(process)
         yield Frontend(process.pid, model, http_port, grpc_port, time.perf_counter() - started)
-
-
-def _builtin_tokenizer() -> str:
-    """The built-in model's folder; it is looked for, the backend is not imported."""
-    found = importlib.util.find_spec("weft_backend")
-    for place in (found.submodule_search_locations or []) if found is not None else []:
-        if os.path.isfile(os.path.join(place, "weft_tiny", "tokenizer.json")):
-            return os.path.join(place, "weft_tiny")
-    raise click.UsageError("the built-in model is not installed: give --tokenizer")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from weft.cli.engine_load import MAX_LEN, PARTS, Engine, EngineLoad, Sampling, default_parts
-from weft.cli.options import Command, count, list_of
+from weft.cli.options import Command, ModelFolder, count, list_of
 
 
 def _part(text: str) -> str:
@@ -39,7 +39,7 @@ def load_options(command: Command) -> Command:
             "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here."
         ),
         click.argument("arguments", metavar="[ENGINE OPTIONS]...", nargs=-1, type=click.UNPROCESSED),
-        click.argument("shape", type=click.Path(exists=True, file_okay=False, path_type=Path)),
+        click.argument("shape", type=ModelFolder()),
     ):
         command = option(command)
     return command

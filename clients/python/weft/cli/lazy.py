@@ -13,7 +13,7 @@ class LazyGroup(click.Group):
     """A click group over names; ``commands_by_name`` maps each to "module:attribute" and what it does.
 
     The errors of services and of files become one line and exit status 1. A service that ends with an error of its own
-    has told it already; its status is passed on.
+    has told it already, unless its arguments were wrong; its status is passed on.
     """
 
     commands_by_name: ClassVar[Mapping[str, tuple[str, str]]] = {}
@@ -41,6 +41,8 @@ class LazyGroup(click.Group):
         except Exception as error:
             from weft.errors import StartError, WeftError  # imports grpc: 0.1 s that --help need not wait for
 
+            if isinstance(error, StartError) and error.exit_code == click.UsageError.exit_code:
+                raise click.UsageError(str(error)) from error
             if isinstance(error, StartError) and error.exit_code > 0:
                 raise click.exceptions.Exit(error.exit_code) from error
             if isinstance(error, WeftError | StartError | OSError):

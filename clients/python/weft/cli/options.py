@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
 from weft.sampling_params import SamplingParams
-from weft.services import API_KEY_VARIABLE
+from weft.services import API_KEY_VARIABLE, BACKEND
 from weft.transport import DEFAULT_TARGET
 
 Command = Callable[..., Any]
 
 COUNT = click.IntRange(min=1)
+BUILTIN_MODEL_NAME = "weft-tiny"
 PORT = click.IntRange(0, 65535)
 INT32, INT64 = (click.IntRange(-(1 << bits), (1 << bits) - 1) for bits in (31, 63))
 UINT32 = click.IntRange(0, (1 << 32) - 1)
 
 # For commands that hand what they do not know to ``weft backend``.
 FORWARDING: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+
+
+class ModelFolder(click.Path):
+    """A folder, or the built-in model's name, unless a folder has it."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, file_okay=False, path_type=Path)
+
+    def convert(self, value: Any, option: click.Parameter | None, context: click.Context | None) -> Any:
+        is_builtin = value == BUILTIN_MODEL_NAME and not Path(value).is_dir()
+        return super().convert(builtin_model() if is_builtin else value, option, context)
+
+
+def builtin_model() -> Path:
+    """The built-in model's folder; it is looked for, the backend is not imported. Raises UsageError."""
+    found = importlib.util.find_spec(BACKEND)
+    for place in (found.submodule_search_locations or []) if found is not None else []:
+        if (folder := Path(place) / "weft_tiny").is_dir():
+            return folder
+    raise click.UsageError("the built-in model is not installed: give the folder of another")
 
 
 def check_url(context: click.Context, option: click.Parameter, value: str | None) -> str | None:

@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from weft.services import BACKEND, FRONTEND
+from weft.services import BACKEND, FRONTEND, check_installed
 
 _PASS_THROUGH = {"ignore_unknown_options": True, "help_option_names": []}
 
@@ -27,4 +27,5 @@ def frontend(arguments: tuple[str, ...]) -> None:
 
 
 def _become(module: str, arguments: tuple[str, ...]) -> None:
+    check_installed(module)
     os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
