@@ -74,8 +74,8 @@ def main(
             api_keys=frozenset(api_keys),
             drain_timeout=drain_timeout,
         )
-        for address in config.ports:
-            check_free(*address)
+        for flag, address in config.ports.items():
+            check_free(flag, *address)
         (run_worker if config.workers == 1 else run_workers)(config, lambda models: _print_ready(config, models))
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"weft frontend: {error}")

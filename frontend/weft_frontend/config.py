@@ -34,7 +34,7 @@ class FrontendConfig:
             raise ValueError("both protocols are off: give --port or --grpc-port")
         if not re.fullmatch(r"unix:.+|.+:\d+", self.grpc_listen or "unix:/unused"):
             raise ValueError(f"--grpc-listen takes HOST:PORT or unix:/PATH, not {self.grpc_listen!r}")
-        if len(set(self.ports)) < len(self.ports):
+        if len(set(self.ports.values())) < len(self.ports):
             raise ValueError(f"--port and --grpc-port are both {self.http_port}")
         if self.workers < 1:
             raise ValueError(f"--workers must be at least 1, not {self.workers}")
@@ -54,11 +54,12 @@ class FrontendConfig:
         return self.grpc_listen or _address(self.host, self.grpc_port)
 
     @property
-    def ports(self) -> list[tuple[str, int]]:
-        """(host, port) of each TCP address."""
-        addresses = [address for address in (self.http_address, self.grpc_address) if address is not None]
-        pairs = [address.rpartition(":") for address in addresses if not address.startswith("unix:")]
-        return [(host.strip("[]"), int(port)) for host, _, port in pairs]
+    def ports(self) -> dict[str, tuple[str, int]]:
+        """(host, port) of each TCP address, by the flag that gave the port."""
+        grpc_flag = "--grpc-listen" if self.grpc_listen else "--grpc-port"
+        addresses = {"--port": self.http_address or "unix:", grpc_flag: self.grpc_address or "unix:"}
+        pairs = {flag: text.rpartition(":") for flag, text in addresses.items() if not text.startswith("unix:")}
+        return {flag: (host.strip("[]"), int(port)) for flag, (host, _, port) in pairs.items()}
 
 
 def _address(host: str, port: int | None) -> str | None:

@@ -240,7 +240,8 @@ class EngineClient:
         level, cause = self._level_of(error), _cause_of(error)
         if (level, cause) != self._logged:  # not again at every attempt to reconnect
             is_ours = not isinstance(error, _FORESEEN)
-            logger.log(level, "backend %s: %s", self.target, cause, exc_info=error if is_ours else None)
+            message = "backend %s: %s; still trying this address"
+            logger.log(level, message, self.target, cause, exc_info=error if is_ours else None)
         self._logged = level, cause
 
     def _level_of(self, error: Exception) -> int:

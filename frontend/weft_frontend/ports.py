@@ -15,9 +15,12 @@ def listener(host: str, port: int, shared: bool) -> socket.socket:
     return bound
 
 
-def check_free(host: str, port: int) -> None:
-    """Raise OSError if anyone has the port: sharing would hide it, and gRPC says it in many words."""
-    _bound(host, port, shared=False).close()
+def check_free(flag: str, host: str, port: int) -> None:
+    """Raise OSError, with the port's flag, if anyone has it: sharing would hide that, and gRPC says it at length."""
+    try:
+        _bound(host, port, shared=False).close()
+    except OSError as error:
+        raise OSError(f"{error} ({flag})") from None
 
 
 def reserve(host: str, port: int) -> socket.socket:

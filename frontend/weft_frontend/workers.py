@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import multiprocessing
 import os
 import shutil
@@ -27,6 +28,7 @@ RESTART_DELAY = 1.0  # seconds before a crashed worker is replaced
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
 _CANNOT_START = 3  # exit code of a worker
+_SPEAKER = "worker-0"
 _fork = multiprocessing.get_context("fork")
 
 
@@ -40,7 +42,7 @@ def run_worker(config: FrontendConfig, on_ready: Callable[[str], None]) -> None:
 def run_workers(config: FrontendConfig, on_ready: Callable[[str], None]) -> None:
     """Serve with ``config.workers`` processes until SIGTERM or SIGINT. Raises OSError if it cannot listen."""
     with contextlib.ExitStack() as stack:
-        for port in config.ports:
+        for port in config.ports.values():
             stack.enter_context(reserve(*port))
         folder = tempfile.mkdtemp(prefix="weft-metrics-")
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -63,8 +65,8 @@ class _Supervisor:
         """Return when all workers have ended after a signal; exit with 1 if one cannot start."""
         for number in _SIGNALS:
             signal.signal(number, self._hand_on)
-        for _ in range(self._config.workers):
-            self._start()
+        for index in range(self._config.workers):
+            self._start(f"worker-{index}")
         while self._workers:
             for event in wait([*self._workers, *self._pipes]):
                 if isinstance(event, Connection):
@@ -72,11 +74,11 @@ class _Supervisor:
                 elif isinstance(event, int):
                     self._replace(self._workers.pop(event))
 
-    def _start(self) -> None:
+    def _start(self, name: str) -> None:
         ours, theirs = _fork.Pipe(duplex=False)
         # A signal between the fork and the worker's own handlers would be lost.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        worker = _fork.Process(target=_work, args=(self._config, theirs), name="weft-frontend-worker")
+        worker = _fork.Process(target=_work, args=(self._config, theirs), name=name)
         worker.start()
         self._workers[worker.sentinel] = worker
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -104,7 +106,7 @@ class _Supervisor:
         print(f"weft frontend: worker {worker.pid} ended with {worker.exitcode}; starting another", flush=True)
         time.sleep(RESTART_DELAY)
         if not self._stopping:
-            self._start()
+            self._start(worker.name)
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
         self._stopping = True
@@ -121,6 +123,8 @@ def _work(config: FrontendConfig, pipe: Connection) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if multiprocessing.current_process().name != _SPEAKER:
+        logging.getLogger("weft.frontend").setLevel(logging.ERROR)  # what backends do is told once
     try:
         run_worker(config, pipe.send)
     except (OSError, RuntimeError, ValueError) as error:

@@ -201,7 +201,7 @@ def test_options_are_checked_before_anything_starts(arguments: list[str]) -> Non
         ("bench engine . --block-size", 2, "Error: Option '--block-size' requires an argument."),
         ("serve --block-size 3", 1, "weft: --block-size 3: must be a power of two"),
         ("serve --listen unix:x", 1, "Error: --listen: is for `weft backend`"),
-        ("serve --device cpu", 1, "weft frontend: cannot listen on 127.0.0.1:PORT: Address already in use"),
+        ("serve --device cpu", 1, "weft frontend: cannot listen on 127.0.0.1:PORT: Address already in use (--port)"),
     ],
 )
 def test_a_start_that_fails_says_why_once(arguments: str, exit_code: int, error: str, tmp_path: Path) -> None:

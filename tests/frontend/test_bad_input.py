@@ -159,6 +159,12 @@ CHAT_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "a format without a schema": ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     "an unknown format": ({"response_format": {"type": "xml"}}, "response_format.type"),
     "a prompt": ({"prompt": "a"}, "prompt"),
+    "an answer to be stored": ({"store": True}, "store"),
+    "another service tier": ({"service_tier": "flex"}, "service_tier"),
+    "one tool call at a time": ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+    "speech": ({"modalities": ["text", "audio"]}, "modalities[1]"),
+    "metadata": ({"metadata": {}}, "metadata"),
+    "reasoning effort": ({"reasoning_effort": "low"}, "reasoning_effort"),
 }
 
 # Refused with 501, for no backend offers it.
@@ -263,6 +269,26 @@ async def test_a_grammar_is_named_as_it_was_given(served: Served) -> None:
 async def test_an_unknown_field_is_named_only_if_it_could_be_one(served: Served) -> None:
     check(await post(served.port, COMPLETIONS, {"prompt": "Hi", "no_such_field": 1}), 400, "no_such_field")
     check(await post(served.port, COMPLETIONS, {"prompt": "Hi", "<b>" + SECRET: 1}), 400, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("seed", 2**70, f"must be an integer in [{-(2**63)}, {2**63 - 1}]"),
+        ("max_tokens", -1, f"must be an integer in [0, {2**32 - 1}]"),
+        ("max_tokens", 0, "must be at least 1 without echo or prompt_logprobs"),
+    ],
+)
+async def test_the_range_of_an_integer_is_told(served: Served, name: str, value: int, message: str) -> None:
+    answer = await post(served.port, COMPLETIONS, {"prompt": "Hi", name: value})
+    assert answer.error["message"] == f"{name}: {message}"
+
+
+async def test_an_unknown_path_is_named_if_it_is_plain(served: Served) -> None:
+    answer = await send(served.port, request("GET", "/v1/response.s"))
+    check(answer, 404, None)
+    assert answer.error["message"].startswith("There is no /v1/response.s here")
+    check(await send(served.port, request("GET", f"/<b>{SECRET}")), 404, None)
 
 
 async def test_an_unknown_model_is_404(served: Served) -> None:

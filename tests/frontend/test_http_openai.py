@@ -158,6 +158,17 @@ async def test_an_answer_can_be_sent_back(client: Any) -> None:
     assert second.choices[0].message.content
 
 
+async def test_fields_may_ask_for_what_happens_anyway(client: Any) -> None:
+    usual = {"store": False, "parallel_tool_calls": True, "modalities": ["text"], "metadata": None, "audio": None}
+    for tier in ("auto", "default"):
+        await client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, max_tokens=1, service_tier=tier, extra_body=usual
+        )
+    none = {"prediction": None, "reasoning_effort": None, "store": None, "service_tier": None}
+    await client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=1, extra_body=none)
+    await client.completions.create(model=MODEL, prompt="Hello", max_tokens=1, suffix=None, extra_body={"suffix": None})
+
+
 async def test_vllm_fields_reach_the_backend(client: Any, served: Served) -> None:
     extra = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "stop_token_ids": [9], "ignore_eos": True}
     extra |= {"min_tokens": 2, "priority": 3, "cache_salt": "s", "request_id": "mine"}

@@ -100,13 +100,14 @@ async def open_stream(port: int, max_tokens: int) -> tuple[asyncio.StreamReader,
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-async def test_a_taken_port_is_named(fake: FakeBackend, workers: str) -> None:
+@pytest.mark.parametrize(("flag", "other"), [("--port", "--grpc-port"), ("--grpc-port", "--port")])
+async def test_a_taken_port_is_named(fake: FakeBackend, workers: str, flag: str, other: str) -> None:
     port = free_port()
-    ports = ("--port", str(port), "--grpc-port", "0", "--workers", workers)
+    ports = (flag, str(port), other, "0", "--workers", workers)
     async with frontend(fake, *ports) as first:
         await ready_line(first)
         async with frontend(fake, *ports) as second:
-            message = f"cannot listen on 127.0.0.1:{port}: Address already in use"
+            message = f"cannot listen on 127.0.0.1:{port}: Address already in use ({flag})"
             assert await ready_line(second) == f"weft frontend: {message}\n"
             assert await second.wait() == 1
 
@@ -132,6 +133,18 @@ async def test_workers_share_ports_and_metrics_and_a_killed_one_is_replaced(fake
         async with asyncio.timeout(10):
             assert await process.wait() == 0
         assert not any(worker.is_running() for worker in [*workers, *new])
+
+
+async def test_one_worker_tells_of_a_backend_that_is_not_there(fake: FakeBackend, tmp_path: Path) -> None:
+    nowhere = f"unix:{tmp_path}/none"
+    ports = ("--port", str(free_port()), "--grpc-port", "0", "--workers", "3")
+    async with frontend(fake, *ports, "--backend", nowhere, "--log-level", "info") as process:
+        await asyncio.sleep(3)  # the others have tried as often by then
+        process.terminate()
+        async with asyncio.timeout(10):
+            output = (await process.communicate())[0].decode()
+        assert output.count("still trying") == 1
+        assert re.search(rf"backend {nowhere}: UNAVAILABLE: .*; still trying this address\n", output)
 
 
 async def test_workers_end_with_their_parent(fake: FakeBackend) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from starlette.exceptions import HTTPException
+import re
+
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -10,6 +11,7 @@ from weft_frontend.http import admin, openapi
 from weft_frontend.http.call import Endpoint, Handler, Services
 from weft_frontend.http.chat import chat_completions
 from weft_frontend.http.completions import completions
+from weft_frontend.http.errors import HttpError
 from weft_frontend.http.guard import Guard
 from weft_frontend.http.plain import generate
 from weft_frontend.http.text import detokenize, embeddings, tokenize
@@ -33,6 +35,9 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
 )
 
 
+_PATH = re.compile(r"/[A-Za-z0-9_./-]{0,100}")  # shown to the client that made it up
+
+
 def build_app(services: Services) -> ASGIApp:
     """All routes, behind the guard."""
     routes = [Route(path, Endpoint(services, handler), methods=[method]) for method, path, handler in ROUTES]
@@ -40,4 +45,5 @@ def build_app(services: Services) -> ASGIApp:
 
 
 async def _no_route(scope: Scope, receive: Receive, send: Send) -> None:
-    raise HTTPException(404)
+    path = scope["path"] if _PATH.fullmatch(scope["path"]) else "such path"
+    raise HttpError(404, f"There is no {path} here; /docs has what there is", code="unknown_path")

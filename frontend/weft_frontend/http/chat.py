@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from weft.inference.v1 import inference_pb2 as pb
 from weft_frontend.choice import ChoiceDelta
@@ -24,6 +24,15 @@ class ChatBody(Conversation, GenerationFields):
     response_format: ResponseFormat | None = None
     echo: bool | None = None
     stream_options: StreamOptions | None = None
+    # OpenAI's fields that may ask for no more than what happens anyway.
+    parallel_tool_calls: Literal[True] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    metadata: None = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: None = None
 
     def request(self, request_id: str) -> pb.ChatRequest:
         """The request as the contract says it. Raises FieldError."""

@@ -1,6 +1,7 @@
 """Errors as HTTP answers: `{"error": {"message", "type", "param", "code"}}`, always with all four keys.
 
-Nothing that a client sent is repeated: messages are ours, and `param` names a field that we know.
+Nothing that a client sent is repeated, but for a path of plain characters: messages are ours, and `param` names a field
+that we know.
 """
 
 from __future__ import annotations

@@ -14,14 +14,24 @@ from pydantic_core import PydanticCustomError
 
 UINT32_MAX = 2**32 - 1
 
-Uint32 = Annotated[int, Field(ge=0, le=UINT32_MAX)]
-Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
-Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-
 
 def invalid(message: str) -> PydanticCustomError:
     """An error of one field, with a message that is shown to the client as it is."""
     return PydanticCustomError("invalid", "{message}", {"message": message})
+
+
+def _in_range(low: int, high: int) -> PlainValidator:
+    def check(value: Any) -> int:
+        if type(value) is not int or not low <= value <= high:  # beyond 64 bits orjson makes it a float
+            raise invalid(f"must be an integer in [{low}, {high}]")
+        return value
+
+    return PlainValidator(check, json_schema_input_type=Annotated[int, Field(ge=low, le=high)])
+
+
+Uint32 = Annotated[int, _in_range(0, UINT32_MAX)]
+Int32 = Annotated[int, _in_range(-(2**31), 2**31 - 1)]
+Int64 = Annotated[int, _in_range(-(2**63), 2**63 - 1)]
 
 
 def _listed(value: Any) -> Any:

@@ -29,7 +29,8 @@ _POLL_SECONDS = 0.05
 def bench_engine(max_num_seqs: int, gpu_memory_utilization: float, load_format: str, **load: Any) -> None:
     """Time the engine on SHAPE, a folder with a config.json, or weft-tiny.
 
-    Weights are random unless --load-format says otherwise. Engine options are those of the backend, as `weft backend --help` lists them.
+    Weights are random unless --load-format says otherwise. Engine options are those of the backend, as
+    `weft backend --help` lists them.
     """
     options = LoadOptions(**load)
     engine = {
