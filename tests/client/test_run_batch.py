@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from ports import free_port
 
 from weft.cli import main
 from weft.cli.run_batch import BatchRunner, run_lines
@@ -139,14 +140,13 @@ def test_a_service_that_is_gone(server: EchoServer) -> None:
     assert BatchRunner(server.url, None).run(1, json.dumps(request(1)))["error"]["code"] == "connection_error"
 
 
-def test_no_line_is_run_where_nothing_answers(server: EchoServer, tmp_path: Path) -> None:
-    server.socket.close()
-    output = tmp_path / "out.jsonl"
+def test_no_line_is_run_where_nothing_answers(tmp_path: Path) -> None:
+    url, output = f"http://127.0.0.1:{free_port()}", tmp_path / "out.jsonl"
     output.write_text("the last answers")
-    arguments = ["run-batch", "-i", "-", "-o", str(output), "--base-url", server.url]
+    arguments = ["run-batch", "-i", "-", "-o", str(output), "--base-url", url]
     result = CliRunner().invoke(main, arguments, input=json.dumps(request(1)))
     assert result.exit_code == 1
-    assert result.output == f"Error: nothing answers at {server.url} (--base-url): is `weft serve` running there?\n"
+    assert result.output == f"Error: nothing answers at {url} (--base-url): is `weft serve` running there?\n"
     assert output.read_text() == "the last answers"
 
 
