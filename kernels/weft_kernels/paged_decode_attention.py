@@ -37,6 +37,7 @@ from weft_kernels.rotation import load_angles, load_with_halves_exchanged, norm_
 from weft_kernels.stretches import LEAD, choose_num_programs, first_key_of, program_of, stretch_start
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+MAX_PROGRAMS_PER_SM = 8
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def _lay_end_to_end(
     """(where each row's units end, in blocks of rows; how many units there are).
 
     A thread of 64 has four neighbouring rows of a block, for which seq_lens is aligned. With rows far from each other,
-    or more, and heads of 64, ptxas 12.8 let the threads of a warp run apart through the whole kernel, and it hung.
+    or more, and heads of 64, ptxas 12.8 let the threads of a warp run apart to the end of the kernel, which hung.
     """
     row_ends: tl.tuple = ()
     num_units = 0
@@ -285,12 +286,21 @@ class Tiling(NamedTuple):
     max_registers: int
 
 
-def choose_tiling(block_d: int, element_size: int) -> Tiling:
-    """For Hopper, by the block of a head and the size of a cache's elements."""
+def choose_tiling(block_d: int, element_size: int, group: int, num_items: int) -> Tiling:
+    """For Hopper, by the block of a head, the size of a cache's elements, query heads of a key-value head, and (row,
+    key-value head) in all.
+
+    One warp needs no barriers, and gains where a tile is much work for its bytes: with one query head for each key, and
+    with float8 to convert. But it is slow at adding up the parts of few (row, head). H200, us, one warp and two: 64
+    rows of Llama-2-13B, 100 to 2,000 keys each, 310 and 333, 8 of 1,088 50 and 54, one 16.8 and 14.2; 256 rows of 1,088
+    of OPT-125M 199 and 206; in float8 256 rows of Llama-3.1-8B 151 and 211, 8 19.8 and 17.2.
+    """
     if element_size == 4:  # no tensor cores: for correctness, not speed
         return Tiling(32, 4, 3, 168)
     if block_d > 128:
         return Tiling(64, 4, 3, 168)
+    if num_items >= 96 and (group == 1 or element_size == 1):
+        return Tiling(32, 1, MAX_PROGRAMS_PER_SM, 255)
     return Tiling(64, 2, 6, 168) if block_d <= 64 else Tiling(64, 2, 4, 255)
 
 
@@ -333,14 +343,15 @@ def paged_decode_attention(
     block_d = max(16, triton.next_power_of_2(dim))  # a dot takes no less
     block_g = triton.next_power_of_2(group)
     block_h = max(8, block_g)
-    tiling = choose_tiling(block_d, k_cache.element_size())
-    at_once = num_sms(qkv.device) * tiling.programs_per_sm
+    num_items = layout.max_decode_rows * num_kv_heads
+    tiling = choose_tiling(block_d, k_cache.element_size(), group, num_items)
     if num_programs is None:
+        at_once = num_sms(qkv.device) * tiling.programs_per_sm
         # Beside chunks the number of rows is but a bound.
-        num_items = at_once if layout.max_chunk_tokens else layout.max_decode_rows * num_kv_heads
-        num_programs = choose_num_programs(num_items, at_once, group)
+        num_programs = at_once if layout.max_chunk_tokens else choose_num_programs(num_items, at_once, group)
     # The same for batches of all sizes: made and filled by the first, and not while another is captured in a graph.
-    num_slots = max(num_programs, at_once, len(layout.page_table) * num_kv_heads)
+    most_at_once = num_sms(qkv.device) * MAX_PROGRAMS_PER_SM
+    num_slots = max(num_programs, most_at_once, len(layout.page_table) * num_kv_heads)
     overlap = can_overlap(qkv.device)
     _decode_kernel[(num_programs,)](
         qkv,

@@ -141,12 +141,14 @@ def test_realistic_sizes(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("heads", [(16, 8, 128), (14, 2, 64), (12, 12, 64), (8, 8, 256), (8, 2, 32)], ids=str)
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    "heads", [(16, 8, 128), (8, 8, 128), (14, 2, 64), (12, 12, 64), (8, 8, 256), (8, 2, 32)], ids=str
+)
 @pytest.mark.parametrize("num_rows", [70, 150])
 @pytest.mark.parametrize("num_padded", [0, 350])
 def test_many_rows(
-    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
     heads: tuple[int, int, int],
     num_rows: int,
     num_padded: int,
@@ -157,8 +159,12 @@ def test_many_rows(
     """OPT-125M hung with more than 64, while rows of 128 a head ran; see the kernel."""
     num_heads, num_kv_heads, head_dim = heads
     rows = [(row * 37 % 200, 1) for row in range(num_rows)] + [(0, 1)] * num_padded
+    dtype = torch.float16 if cache_dtype == torch.float16 else torch.bfloat16
     batch = paged_batch(
         rows, num_decode_rows=len(rows), num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
         page_size=64, dtype=dtype, device=device,
     )  # fmt: skip
+    batch.k_cache, batch.v_cache = batch.k_cache.to(cache_dtype), batch.v_cache.to(cache_dtype)
+    for dense in (batch.keys, batch.values):
+        dense[:] = [row.to(cache_dtype).to(dtype) for row in dense]
     assert error(decode(batch, None), batch.dense_attention(0.25)) < 8e-3
