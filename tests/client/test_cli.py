@@ -83,7 +83,7 @@ def test_where_nothing_answers_one_line_says_so(tmp_path: Any, command: list[str
     target = f"unix:{tmp_path}/nobody.sock"
     result = run(*command, "--target", target)
     assert result.exit_code == 1
-    assert result.output == f"Error: nothing answers at {target} (target): is `weft serve` running there?\n"
+    assert result.output == f"Error: nothing answers at {target} over gRPC (target): is `weft serve` running there?\n"
 
 
 def test_bench_serve_says_where_nothing_answers_over_http() -> None:

@@ -133,7 +133,7 @@ def test_retries_end(service: Any, target: str) -> None:
 
 async def test_an_address_where_nothing_answers_is_named(tmp_path: Any) -> None:
     target = f"unix:{tmp_path}/none"
-    message = f"^nothing answers at {target} .target."
+    message = f"^nothing answers at {target} over gRPC .target.: is `weft serve` running there"
     with Client(target, max_retries=0) as client:
         with pytest.raises(Unavailable, match=message):
             client.list_models()

@@ -9,7 +9,7 @@ WeftError                 any error of a service: code, reason, field, retry_aft
 ├── Unavailable           UNAVAILABLE                          no service there, or it has no backend, or it drains
 ├── DeadlineExceeded      DEADLINE_EXCEEDED                    the time is over; also a TimeoutError
 └── Cancelled             CANCELLED                            the call was cancelled
-StartError                a service that `LLM` or `weft serve` started did not become ready, or ended
+StartError                a service that `LLM` or `weft serve` starts is not installed, did not become ready, or ended
 
 Statuses without a class of their own raise WeftError itself.
 """
@@ -75,7 +75,7 @@ class Cancelled(WeftError):
 
 
 class StartError(RuntimeError):
-    """A service did not become ready, or ended; the message holds the last line it wrote.
+    """A service is not installed, did not become ready, or ended; then the message holds the last line it wrote.
 
     ``exit_code`` is the service's, if it has ended: above 0 it has told why on stderr, but for 2, which is for wrong
     arguments; below 0 it was killed.
@@ -124,7 +124,7 @@ def from_rpc_error(error: Any, target: str = "") -> WeftError:
         elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
             retry_after = _unpack(detail, error_details_pb2.RetryInfo()).retry_delay.ToTimedelta().total_seconds()
     if target and code is grpc.StatusCode.UNAVAILABLE and not reason:
-        return unreachable(target, "target")
+        return unreachable(f"{target} over gRPC", "target")
     message = error.details() or code.name
     if field and field not in message:
         message = f"{field}: {message}"

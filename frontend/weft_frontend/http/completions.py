@@ -46,7 +46,7 @@ class CompletionBody(GenerationFields):
     logprobs: Uint32 | None = None
     echo: bool | None = None
     stream_options: StreamOptions | None = None
-    suffix: None = None  # as OpenAI's client sends what was not given
+    suffix: None = None
 
     def request(self, request_id: str) -> pb.GenerateRequest:
         """The request as the contract says it. Raises FieldError."""
