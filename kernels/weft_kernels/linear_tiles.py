@@ -15,13 +15,11 @@ def mma_tile(num_tokens: int, num_outputs: int, size: int, is_float8: bool, num_
     """The tile for ``mma_linear``; None: another way is faster, or K is no multiple of 16."""
     if size % 16 or not 0 < num_tokens <= MAX_MMA_TOKENS:
         return None
-    is_small = num_outputs <= 32 * num_sms  # so few programs have to have as much on its way as registers hold
-    if is_small and is_float8:
-        # H200, all layers of 0.6B, us, 1 / 8 tokens: qkv with this tile 303 / 323, with the other one 317 / 337.
-        return MmaTile(16, 256, 4) if size <= 1024 else MmaTile(16, 128, 16)
     if size <= 1024:
         return MmaTile(32, 128, 8)
-    if is_small:
+    if num_outputs <= 32 * num_sms:  # so few programs have to have as much on its way as registers hold
+        if is_float8:
+            return MmaTile(16, 128, 16)
         return MmaTile(16, 256, 16 if num_outputs <= 16 * num_sms and size > 2048 else 8)
     if is_float8:
         # H200, 8 tokens, us, this tile and the other: 8B's gates and ups 35.1 and 38.6, its qkv 22.3 and 9.3.
