@@ -72,6 +72,7 @@ class Case:
     call: Callable[[], object]
     num_bytes: int
     num_operations: int = 0
+    rate: str = "bf16_tflop_s"  # the ceiling of its operations
 
 
 Builder = Callable[[], Case]
@@ -172,6 +173,7 @@ class Bench:
             ),
             in_size * out_size * dtype.itemsize + _bytes(x) + num_written * _DTYPE.itemsize,
             2 * num_tokens * in_size * out_size,
+            "fp8_tflop_s" if dtype == _FP8 else "bf16_tflop_s",
         )  # fmt: skip
 
     def _sample(self, num_rows: int, name: str) -> Case:

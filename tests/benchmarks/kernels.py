@@ -97,7 +97,7 @@ def _elapsed(function: Callable[[], object], repeats: int) -> Sequence[float]:
 def timing_of(case: Case, seconds: float, ceilings: dict[str, float]) -> Timing:
     """The rates of a case, and its share of the ceilings."""
     bandwidth = max(ceilings["copy_tb_s"], ceilings["read_tb_s"]) * 1e12
-    floor = max(case.num_bytes / bandwidth, case.num_operations / ceilings["bf16_tflop_s"] / 1e12)
+    floor = max(case.num_bytes / bandwidth, case.num_operations / ceilings[case.rate] / 1e12)
     rates = (case.num_bytes / seconds / 1e12, case.num_operations / seconds / 1e12)
     return Timing(case.kernel, case.size, seconds * 1e6, *rates, floor / seconds if floor else None)
 

@@ -40,4 +40,6 @@ def test_share_is_of_the_ceiling_that_binds() -> None:
     assert operations_bound.share == pytest.approx(0.5)
     assert operations_bound.tflop_s == pytest.approx(250)
     assert "50%" in line(operations_bound)
+    of_float8 = Case("k", "s", lambda: None, 10**6, 10**12, "fp8_tflop_s")
+    assert timing_of(of_float8, 2e-3, ceilings).share == pytest.approx(0.5)
     assert timing_of(Case("k", "s", lambda: None, 0), 1e-6, ceilings).share is None
