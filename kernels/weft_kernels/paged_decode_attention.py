@@ -21,7 +21,6 @@ Layout: qkv [T, (Hq + 2 Hkv) D], row b at token b; out [T, Hq, D]; caches [P, Hk
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
@@ -29,15 +28,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from weft_kernels.decode_tilings import MAX_PROGRAMS_PER_SM, choose_num_programs, choose_tiling
 from weft_kernels.launch import can_overlap, num_sms
 from weft_kernels.layout import BatchLayout
 from weft_kernels.ops import HeadTransform
 from weft_kernels.parts import EMPTY, leave_part, take_parts
 from weft_kernels.rotation import load_angles, load_with_halves_exchanged, norm_and_rotate, to_cache_type
-from weft_kernels.stretches import LEAD, choose_num_programs, first_key_of, program_of, stretch_start
+from weft_kernels.stretches import LEAD, find_last, first_key_of, lay_end_to_end, program_of, stretch_start
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-MAX_PROGRAMS_PER_SM = 8
 
 
 @triton.jit
@@ -49,63 +48,6 @@ def _load_pages(
     if PAGE_SIZE % BLOCK_N != 0:
         key = tile + tl.arange(0, BLOCK_N)
     return tl.load(pages + tl.minimum(key, end - 1) // PAGE_SIZE)
-
-
-@triton.jit
-def _lay_end_to_end(
-    seq_lens: tl.tensor,
-    max_rows: tl.tensor,
-    num_rows: tl.tensor,
-    NUM_KV_HEADS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-) -> tuple[tl.tuple, tl.tensor]:
-    """(where each row's units end, in blocks of rows; how many units there are).
-
-    A thread of 64 has four neighbouring rows of a block, for which seq_lens is aligned. With rows far from each other,
-    or more, and heads of 64, ptxas 12.8 let the threads of a warp run apart to the end of the kernel, which hung.
-    """
-    row_ends: tl.tuple = ()
-    num_units = 0
-    for first in tl.static_range(0, BLOCK_B, 256):
-        row = first + tl.arange(0, min(BLOCK_B, 256))
-        length = tl.load(seq_lens + row, mask=row < max_rows, other=0)
-        length = tl.where(row < num_rows, length, 0)
-        num_tiles = tl.cdiv(length - first_key_of(length, WINDOW, BLOCK_N), BLOCK_N)
-        ends = num_units + tl.cumsum(tl.where(length > 0, num_tiles + LEAD, 0) * NUM_KV_HEADS)
-        row_ends = row_ends + (ends,)  # noqa: RUF005
-        num_units = tl.max(ends)
-    return row_ends, num_units
-
-
-@triton.jit
-def _find(
-    end_unit: tl.tensor,
-    first_unit: tl.tensor,
-    batch: tl.tuple,
-    MAX_PAGES: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-) -> tuple[tl.tensor, ...]:
-    """Of what a stretch that ends with ``end_unit`` does first: (row, key-value head, its first unit, first key, last
-    key + 1, sequence length, the new key's slot, the row's pages)."""
-    row_ends, page_table, rows, seq_lens, slots = batch
-    row, row_start = 0, 0
-    for block in tl.static_range(len(row_ends)):
-        is_before = row_ends[block] < end_unit
-        row += tl.sum(is_before.to(tl.int32))
-        row_start = tl.maximum(row_start, tl.max(tl.where(is_before, row_ends[block], 0)))
-    seq_len, slot = tl.load(seq_lens + row), tl.load(slots + row)
-    pages = page_table + tl.load(rows + row).to(tl.int64) * MAX_PAGES
-    first_key = first_key_of(seq_len, WINDOW, BLOCK_N)
-    head_units = tl.cdiv(seq_len - first_key, BLOCK_N) + LEAD
-    kv_head = (end_unit - 1 - row_start) // head_units
-    head_start = row_start + kv_head * head_units
-    start = first_key + tl.maximum(first_unit - head_start - LEAD, 0) * BLOCK_N
-    end = tl.minimum(first_key + (end_unit - head_start - LEAD) * BLOCK_N, seq_len)
-    return row, kv_head, head_start, start, end, seq_len, slot, pages
 
 
 @triton.jit
@@ -203,7 +145,7 @@ def _decode_kernel(
         gdc_launch_dependents()
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     num_rows = tl.load(num_decode_rows)
-    row_ends, num_units = _lay_end_to_end(seq_lens, max_rows, num_rows, NUM_KV_HEADS, WINDOW, BLOCK_N, BLOCK_B)
+    row_ends, num_units = lay_end_to_end(seq_lens, max_rows, num_rows, NUM_KV_HEADS, WINDOW, BLOCK_N, BLOCK_B)
     num_sharing = tl.maximum(tl.minimum(num_programs, num_units), 1)
     first_unit = stretch_start(tl.minimum(program, num_sharing), num_units, num_sharing)
     end_unit = stretch_start(tl.minimum(program + 1, num_sharing), num_units, num_sharing)
@@ -218,10 +160,10 @@ def _decode_kernel(
         q_norm, other_q_norm = load_with_halves_exchanged(q_norm_weight, column, in_kv, DIM)
     if k_norm_weight is not None:
         k_norm, other_k_norm = load_with_halves_exchanged(k_norm_weight, column, in_kv, DIM)
-    item = _find(end_unit, first_unit, batch, MAX_PAGES, NUM_KV_HEADS, WINDOW, BLOCK_N)
+    item = find_last(end_unit, first_unit, batch, MAX_PAGES, NUM_KV_HEADS, WINDOW, BLOCK_N)
     if end_unit - item[2] <= LEAD:  # there is no tile of it in the stretch
         end_unit = item[2]
-        item = _find(end_unit, first_unit, batch, MAX_PAGES, NUM_KV_HEADS, WINDOW, BLOCK_N)
+        item = find_last(end_unit, first_unit, batch, MAX_PAGES, NUM_KV_HEADS, WINDOW, BLOCK_N)
     while first_unit < end_unit:
         row, kv_head, head_start, start, end, seq_len, slot, pages = item
         page = _load_pages(pages, start, end, PAGE_SIZE, BLOCK_N)
@@ -266,7 +208,7 @@ def _decode_kernel(
             out_at = (row * NUM_HEADS + kv_head * GROUP + head)[None, :] * DIM + column
             tl.store(out + out_at, attended.to(out.dtype.element_ty), mask=in_q)
         if first_unit < end_unit:
-            item = _find(end_unit, first_unit, batch, MAX_PAGES, NUM_KV_HEADS, WINDOW, BLOCK_N)
+            item = find_last(end_unit, first_unit, batch, MAX_PAGES, NUM_KV_HEADS, WINDOW, BLOCK_N)
 
     if OVERLAP:
         gdc_wait()
@@ -275,33 +217,6 @@ def _decode_kernel(
             for one_head in range(NUM_HEADS):
                 zero_at = (row * NUM_HEADS + one_head) * DIM + column
                 tl.store(out + zero_at, tl.zeros([BLOCK_D, 1], out.dtype.element_ty), mask=in_kv)
-
-
-class Tiling(NamedTuple):
-    """How the kernel is compiled, and how many programs a multiprocessor then runs at once."""
-
-    block_n: int
-    num_warps: int
-    programs_per_sm: int
-    max_registers: int
-
-
-def choose_tiling(block_d: int, element_size: int, group: int, num_items: int) -> Tiling:
-    """For Hopper, by the block of a head, the size of a cache's elements, query heads of a key-value head, and (row,
-    key-value head) in all.
-
-    One warp needs no barriers, and gains where a tile is much work for its bytes: with one query head for each key, and
-    with float8 to convert. But it is slow at adding up the parts of few (row, head). H200, us, one warp and two: 64
-    rows of Llama-2-13B, 100 to 2,000 keys each, 310 and 333, 8 of 1,088 50 and 54, one 16.8 and 14.2; 256 rows of 1,088
-    of OPT-125M 199 and 206; in float8 256 rows of Llama-3.1-8B 151 and 211, 8 19.8 and 17.2.
-    """
-    if element_size == 4:  # no tensor cores: for correctness, not speed
-        return Tiling(32, 4, 3, 168)
-    if block_d > 128:
-        return Tiling(64, 4, 3, 168)
-    if num_items >= 96 and (group == 1 or element_size == 1):
-        return Tiling(32, 1, MAX_PROGRAMS_PER_SM, 255)
-    return Tiling(64, 2, 6, 168) if block_d <= 64 else Tiling(64, 2, 4, 255)
 
 
 @functools.cache
@@ -338,7 +253,7 @@ def paged_decode_attention(
     assert page_size & (page_size - 1) == 0
     assert qkv.shape == (len(out), (num_heads + 2 * num_kv_heads) * dim)
     assert layout.max_decode_rows <= min(len(qkv), len(layout.seq_lens))
-    assert layout.seq_lens.data_ptr() % 16 == 0  # see _lay_end_to_end
+    assert layout.seq_lens.data_ptr() % 16 == 0  # see lay_end_to_end
     assert all(t.is_contiguous() for t in (qkv, k_cache, v_cache, out, layout.page_table))
     block_d = max(16, triton.next_power_of_2(dim))  # a dot takes no less
     block_g = triton.next_power_of_2(group)

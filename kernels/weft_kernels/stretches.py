@@ -21,6 +21,34 @@ def first_key_of(seq_len: tl.tensor, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr
 
 
 @triton.jit
+def lay_end_to_end(
+    seq_lens: tl.tensor,
+    max_rows: tl.tensor,
+    num_rows: tl.tensor,
+    NUM_KV_HEADS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+) -> tuple[tl.tuple, tl.tensor]:
+    """(where each row's units end, in blocks of rows; how many units there are).
+
+    A thread of 64 has four neighbouring rows of a block, for which seq_lens is aligned. With rows far from each other,
+    or more, and heads of 64, ptxas 12.8 let the threads of a warp run apart to the end of the kernel, which hung.
+    """
+    row_ends: tl.tuple = ()
+    num_units = 0
+    for first in tl.static_range(0, BLOCK_B, 256):
+        row = first + tl.arange(0, min(BLOCK_B, 256))
+        length = tl.load(seq_lens + row, mask=row < max_rows, other=0)
+        length = tl.where(row < num_rows, length, 0)
+        num_tiles = tl.cdiv(length - first_key_of(length, WINDOW, BLOCK_N), BLOCK_N)
+        ends = num_units + tl.cumsum(tl.where(length > 0, num_tiles + LEAD, 0) * NUM_KV_HEADS)
+        row_ends = row_ends + (ends,)  # noqa: RUF005
+        num_units = tl.max(ends)
+    return row_ends, num_units
+
+
+@triton.jit
 def stretch_start(program: tl.tensor, num_units: tl.tensor, num_programs: tl.tensor) -> tl.tensor:
     """Where a program's stretch begins: ``program`` of ``num_programs`` parts of ``num_units``, rounded up."""
     return program * (num_units // num_programs) + tl.cdiv(program * (num_units % num_programs), num_programs)
@@ -32,18 +60,30 @@ def program_of(unit: tl.tensor, num_units: tl.tensor, num_programs: tl.tensor) -
     return (unit.to(tl.int64) * num_programs // num_units).to(tl.int32)
 
 
-def choose_num_programs(num_items: int, at_once: int, group: int) -> int:
-    """As many as the GPU runs at once; or, where that leaves few idle, a whole number for each (row, head), or as many
-    (row, head) for each. ``group``: query heads of a key-value head.
-
-    Rows alike then leave fewer parts: H200, whole steps of Qwen3-0.6B at context 1k, 64 rows 3.16 -> 2.99 ms. But a GPU
-    not filled is slower: 8 rows of Llama-2-13B, 320 items, took 51 us with 528 programs, 56 with 396 and 67 with 264.
-    More than run at once are slower for rows unlike each other: norm, qkv, attention and output projection of 250 rows
-    of Qwen3-0.6B took 257 us with 2,048 programs, 243 with 512; all 1,088 long, 256 rows took 285 with either, but 64
-    rows of Llama-2-13B, of group 1, 394 with 512 and 382 with 2,560.
-    """
-    whole = num_items * max(1, at_once // num_items)
-    rounds = triton.cdiv(whole, at_once)
-    if whole < 0.9 * at_once * rounds:
-        return at_once
-    return whole if group == 1 else triton.cdiv(whole, rounds)
+@triton.jit
+def find_last(
+    end_unit: tl.tensor,
+    first_unit: tl.tensor,
+    batch: tl.tuple,
+    MAX_PAGES: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> tuple[tl.tensor, ...]:
+    """Of what a stretch that ends with ``end_unit`` does first: (row, key-value head, its first unit, first key, last
+    key + 1, sequence length, the new key's slot, the row's pages)."""
+    row_ends, page_table, rows, seq_lens, slots = batch
+    row, row_start = 0, 0
+    for block in tl.static_range(len(row_ends)):
+        is_before = row_ends[block] < end_unit
+        row += tl.sum(is_before.to(tl.int32))
+        row_start = tl.maximum(row_start, tl.max(tl.where(is_before, row_ends[block], 0)))
+    seq_len, slot = tl.load(seq_lens + row), tl.load(slots + row)
+    pages = page_table + tl.load(rows + row).to(tl.int64) * MAX_PAGES
+    first_key = first_key_of(seq_len, WINDOW, BLOCK_N)
+    head_units = tl.cdiv(seq_len - first_key, BLOCK_N) + LEAD
+    kv_head = (end_unit - 1 - row_start) // head_units
+    head_start = row_start + kv_head * head_units
+    start = first_key + tl.maximum(first_unit - head_start - LEAD, 0) * BLOCK_N
+    end = tl.minimum(first_key + (end_unit - head_start - LEAD) * BLOCK_N, seq_len)
+    return row, kv_head, head_start, start, end, seq_len, slot, pages

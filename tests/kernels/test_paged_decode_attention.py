@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from weft_kernels import HeadTransform, reference
+from weft_kernels.decode_tilings import choose_num_programs
 from weft_kernels.paged_decode_attention import _slots, paged_decode_attention
-from weft_kernels.stretches import choose_num_programs
 
 ERROR = 2e-6
 ROWS = [(1, 1), (37, 1), (0, 1), (300, 1), (64, 1), (0, 1)]
