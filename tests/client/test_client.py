@@ -135,8 +135,9 @@ async def test_an_address_where_nothing_answers_is_named(tmp_path: Any) -> None:
     target = f"unix:{tmp_path}/none"
     message = f"^nothing answers at {target} over gRPC .target.: is `weft serve` running there"
     with Client(target, max_retries=0) as client:
-        with pytest.raises(Unavailable, match=message):
+        with pytest.raises(Unavailable, match=message) as caught:
             client.list_models()
+        assert "No such file or directory" in str(caught.value.__cause__), "why is not lost"
         with pytest.raises(Unavailable, match=message):
             next(client.stream_generate("a"))
     async with AsyncClient(target, max_retries=0) as aio_client:

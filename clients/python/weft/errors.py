@@ -124,7 +124,9 @@ def from_rpc_error(error: Any, target: str = "") -> WeftError:
         elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
             retry_after = _unpack(detail, error_details_pb2.RetryInfo()).retry_delay.ToTimedelta().total_seconds()
     if target and code is grpc.StatusCode.UNAVAILABLE and not reason:
-        return unreachable(f"{target} over gRPC", "target")
+        problem = unreachable(f"{target} over gRPC", "target")
+        problem.__cause__ = error  # why: it may be the name, or a certificate
+        return problem
     message = error.details() or code.name
     if field and field not in message:
         message = f"{field}: {message}"
