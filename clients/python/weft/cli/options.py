@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -47,9 +48,17 @@ def builtin_model() -> Path:
 
 def check_url(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
     """Callback of an option: the base URL of a service, or nothing. Raises BadParameter."""
-    if value is not None and not value.startswith(("http://", "https://")):
-        raise click.BadParameter("must begin with http:// or https://")
+    if value is not None and not _is_url(value):
+        raise click.BadParameter("must be http:// or https:// and a host, with or without a port")
     return value
+
+
+def _is_url(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # of the port
+        return False
 
 
 def list_of(parse: Callable[[str], Any], what: str) -> Callable[[click.Context, click.Parameter, str | None], Any]:
