@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import re
 import socket
+import ssl
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +93,20 @@ def test_bench_serve_says_where_nothing_answers_over_http() -> None:
     result = run("bench", "serve", "--url", url)
     assert result.exit_code == 1
     assert result.output == f"Error: nothing answers at {url} (--url): is `weft serve` running there?\n"
+
+
+@pytest.mark.parametrize(
+    "command", [["bench", "serve", "--url"], ["run-batch", "-i", "-", "-o", os.devnull, "--base-url"]]
+)
+def test_a_bad_certificate_is_not_taken_for_nobody(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(connection: http.client.HTTPSConnection) -> None:
+        raise ssl.SSLCertVerificationError("self-signed certificate")
+
+    monkeypatch.setattr("http.client.HTTPSConnection.connect", connect)
+    result = run(*command, "https://127.0.0.1")
+    assert result.exit_code == 1
+    assert "self-signed certificate" in result.output
+    assert "nothing answers" not in result.output
 
 
 def test_serve_needs_something_to_serve_on() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import http.client
 import json
+import ssl
 import threading
 import time
 import uuid
@@ -44,10 +45,12 @@ class BatchRunner:
         self._local = threading.local()
 
     def check(self) -> None:
-        """Raise Unavailable if nothing answers at the address."""
+        """Raise Unavailable if nothing answers at the address, and OSError for a certificate."""
         connection = self._connection()
         try:
             connection.connect()
+        except ssl.SSLError:
+            raise  # it is something that answers
         except OSError as error:
             raise unreachable(self._url.geturl(), "--base-url") from error
         finally:

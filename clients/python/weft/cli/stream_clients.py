@@ -11,6 +11,7 @@ import functools
 import http.client
 import json
 import re
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -39,7 +40,7 @@ class Service:
     model: str  # "": the only one
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text. Raises WeftError."""
+        """Tokens of a text. Raises WeftError, and OSError for a certificate."""
         if self.url is None:
             with Client(self.target, api_key=self.api_key) as client:
                 return len(client.tokenize(text, model=self.model).token_ids)
@@ -53,6 +54,8 @@ class Service:
             if answer.status != http.client.OK:
                 raise WeftError(f"HTTP {answer.status}: {answer.read().decode(errors='replace')[-500:]}")
             return int(json.load(answer)["count"])
+        except ssl.SSLError:
+            raise  # it is something that answers
         except OSError as error:
             raise unreachable(self.url, "--url") from error
         finally:
