@@ -66,7 +66,7 @@ def _linear_on_hopper(
     residual: Tensor | None,
     activation: Activation | None,
 ) -> Tensor | None:
-    """None: the library is faster."""
+    """None: the library is faster, or no kernel takes it."""
     (num_tokens, size), num_outputs, sms = x.shape, weight.shape[0], num_sms(x.device)
     is_float8, is_gated = weight_scale is not None, activation == "silu_and_mul"
     if (tile := mma_tile(num_tokens, num_outputs, size, is_float8, sms)) is not None:

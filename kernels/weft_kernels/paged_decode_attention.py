@@ -299,7 +299,7 @@ def paged_decode_attention(
         BLOCK_N=tiling.block_n,
         BLOCK_D=block_d,
         BLOCK_G=block_g,
-        BLOCK_P=min(max(block_g, 1024 // (block_d * block_h)), 8192 // (block_d * block_h)),
+        BLOCK_P=max(1, min(max(block_g, 1024 // (block_d * block_h)), 8192 // (block_d * block_h))),
         OVERLAP=overlap,
         num_warps=tiling.num_warps,
         num_stages=2,

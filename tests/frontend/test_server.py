@@ -139,10 +139,15 @@ async def test_one_worker_tells_of_a_backend_that_is_not_there(fake: FakeBackend
     nowhere = f"unix:{tmp_path}/none"
     ports = ("--port", str(free_port()), "--grpc-port", "0", "--workers", "3")
     async with frontend(fake, *ports, "--backend", nowhere, "--log-level", "info") as process:
-        await asyncio.sleep(3)  # the others have tried as often by then
+        assert process.stdout is not None
+        output = ""
+        async with asyncio.timeout(20):
+            while "still trying" not in output:
+                output += (await process.stdout.readline()).decode()
+        await asyncio.sleep(2)  # the others have tried by then
         process.terminate()
         async with asyncio.timeout(10):
-            output = (await process.communicate())[0].decode()
+            output += (await process.communicate())[0].decode()
         assert output.count("still trying") == 1
         assert re.search(rf"backend {nowhere}: UNAVAILABLE: .*; still trying this address\n", output)
 

@@ -82,6 +82,12 @@ def test_scratch_serves_batches_of_all_sizes(device: torch.device, paged_batch: 
     assert _slots.cache_info().currsize == num_made
 
 
+def test_many_heads_share_a_key(device: torch.device, paged_batch: Any, error: Any) -> None:
+    sizes = SMALL | dict(num_decode_rows=2, num_heads=128, num_kv_heads=1, head_dim=128)
+    batch = paged_batch([(37, 1), (70, 1)], **sizes, device=device)
+    assert error(decode(batch, 3), batch.dense_attention(0.25)) < ERROR
+
+
 def test_rows_beyond_those_that_decode(device: torch.device, paged_batch: Any, error: Any) -> None:
     batch = paged_batch(ROWS, **SMALL, device=device)
     batch.layout.num_decode_rows.fill_(4)
