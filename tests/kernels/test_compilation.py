@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 from weft_kernels.compilation import compiling
 
 CPU = torch.device("cpu")
+CORE = dict(vars(tl.core))  # as it is before any test: Triton's interpreter leaves some of its own functions there
 
 
 class Hopper:
@@ -52,6 +53,8 @@ def _broken_kernel(x: tl.tensor, BLOCK: tl.constexpr) -> None:
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    for name, value in CORE.items():
+        monkeypatch.setattr(tl.core, name, value)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     triton.runtime.driver.set_active(Hopper())
     yield
