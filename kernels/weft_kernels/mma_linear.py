@@ -163,15 +163,13 @@ def _mma_linear_kernel(  # type: ignore[no-untyped-def]
     if norm_weight is not None and not SCALED_FIRST:
         scale = gl.rsqrt(gl.sum(squares, axis=0) / size + eps)
         y *= gl.convert_layout(scale, gl.SliceLayout(0, y.type.layout))[None, :]
+    row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, y.type.layout))
+    rows = gl.minimum(first_column + row // PARTS, width - 1) + row % PARTS * width
     if weight_scale is not None:
-        row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, y.type.layout))
-        rows = gl.minimum(first_column + row // PARTS, width - 1) + row % PARTS * width
         y *= gl.load(weight_scale + rows)[:, None]
         if x.dtype.element_ty == gl.bfloat16:
             y *= 16.0
     if bias is not None:
-        row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, y.type.layout))
-        rows = gl.minimum(first_column + row // PARTS, width - 1) + row % PARTS * width
         y += gl.load(bias + rows).to(gl.float32)[:, None]
     if ACTIVATION == "relu":
         y = gl.maximum(y, 0.0)
