@@ -42,10 +42,9 @@ def choose_num_programs(num_items: int, at_once: int, group: int) -> int:
 
     Rows alike then leave fewer parts: H200, programs of two warps, whole steps of Qwen3-0.6B at context 1k, 64 rows
     3.16 -> 2.99 ms. But a GPU not filled is slower: 8 rows of Llama-2-13B, 320 items, took 51 us with 528 programs, 56
-    with 396 and 67 with 264.
-    More than run at once are slower for rows unlike each other: norm, qkv, attention and output projection of 250 rows
-    of Qwen3-0.6B took 257 us with 2,048 programs, 243 with 512; all 1,088 long, 256 rows took 285 with either, but 64
-    rows of Llama-2-13B, of group 1, 394 with 512 and 382 with 2,560.
+    with 396 and 67 with 264. More than run at once are slower for rows unlike each other: norm, qkv, attention and
+    output projection of 250 rows of Qwen3-0.6B took 257 us with 2,048 programs, 243 with 512; all 1,088 long, 256 rows
+    took 285 with either, but 64 rows of Llama-2-13B, of group 1, 394 with 512 and 382 with 2,560.
     """
     whole = num_items * max(1, at_once // num_items)
     rounds = triton.cdiv(whole, at_once)
