@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from weft_kernels import HeadTransform, reference
-from weft_kernels.decode_tilings import choose_num_programs
+from weft_kernels.decode_tilings import MAX_PROGRAMS_PER_SM, choose_num_programs, choose_tiling
 from weft_kernels.paged_decode_attention import _slots, paged_decode_attention
 
 ERROR = 2e-6
@@ -70,6 +70,22 @@ def test_programs_fill_the_gpu() -> None:
     assert choose_num_programs(64 * 40, 528, 1) == 2560
     assert choose_num_programs(72 * 8, 528, 4) == 528  # not 576, nearly two rounds
     assert choose_num_programs(8 * 40, 528, 1) == 528  # not 320
+
+
+@pytest.mark.parametrize("block_d", [16, 64, 128, 256])
+@pytest.mark.parametrize("element_size", [1, 2, 4])
+@pytest.mark.parametrize("group", [1, 4])
+def test_tilings_fit_a_multiprocessor(block_d: int, element_size: int, group: int) -> None:
+    for num_items in (1, 95, 96, 10_000):
+        tiling = choose_tiling(block_d, element_size, group, num_items)
+        assert tiling.programs_per_sm <= MAX_PROGRAMS_PER_SM, "as many as there is scratch for"
+        assert tiling.programs_per_sm * tiling.num_warps * 32 * tiling.max_registers <= 65536
+
+
+def test_one_warp_for_many_rows_of_much_work() -> None:
+    num_warps = {(size, group, n): choose_tiling(128, size, group, n).num_warps
+                 for size in (1, 2) for group in (1, 4) for n in (8, 512)}  # fmt: skip
+    assert {case for case, warps in num_warps.items() if warps == 1} == {(1, 1, 512), (1, 4, 512), (2, 1, 512)}
 
 
 def test_scratch_serves_batches_of_all_sizes(device: torch.device, paged_batch: Any) -> None:
