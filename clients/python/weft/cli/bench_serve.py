@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from weft.cli.options import COUNT, check_url, count, list_of
 from weft.cli.processes import CpuMeter
-from weft.cli.stream_clients import Service, Timing, open_stream
+from weft.cli.stream_clients import Ask, Service, Timing, make_client
 from weft.errors import WeftError
 from weft.services import API_KEY_VARIABLE
 from weft.transport import DEFAULT_TARGET
@@ -34,7 +34,10 @@ _WORD_COUNTS = 3  # each comes closer to the length asked for
 _STREAMS_PER_PROCESS = 16  # a token costs a client process about 30 µs, over gRPC and HTTP alike
 _PROGRESS_SECONDS = 0.2
 
-_num_ended: Synchronized[int]  # requests of all processes that take part
+# Of a process that takes part:
+_num_ended: Synchronized[int]  # requests of all such processes
+_runner: asyncio.Runner
+_clients: list[Ask]  # connected from the warm-up on
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def measure(load: Load, parent: int | None) -> dict[str, float]:
     with ExitStack() as stack:
         context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
         num_ended = context.Value("q")
-        processes = [stack.enter_context(context.Pool(1, _count_in, [num_ended])) for _ in range(num_processes)]
+        processes = [stack.enter_context(context.Pool(1, _begin_process, [num_ended])) for _ in range(num_processes)]
         num_warm_ups = min(load.num_streams, _MOST_WARM_UPS)
         warm_up = replace(load, num_streams=num_warm_ups, num_requests=num_warm_ups, seed=1)
         outcome = _run(processes, warm_up, num_ended, "Warming up")
@@ -163,10 +166,10 @@ def _run(processes: Sequence[Pool], load: Load, num_ended: Synchronized[int], wh
     )
 
 
-def _count_in(num_ended: Synchronized[int]) -> None:
-    """Begin a process: it is to count its requests there."""
-    global _num_ended
-    _num_ended = num_ended
+def _begin_process(num_ended: Synchronized[int]) -> None:
+    """Begin a process that takes part."""
+    global _num_ended, _runner, _clients
+    _num_ended, _runner, _clients = num_ended, asyncio.Runner(), []
 
 
 def _run_share(load: Load) -> Outcome:
@@ -176,23 +179,23 @@ def _run_share(load: Load) -> Outcome:
     prompts = iter([" ".join(rng.sample(load.words, len(load.words))) for _ in range(load.num_requests)])
     outcome = Outcome([], [], 0.0)
 
-    async def stream() -> None:
-        async with open_stream(load.service, load.max_tokens) as ask:
-            for prompt in prompts:  # one iterator for all streams: who is free takes the next
-                try:
-                    timing = await ask(prompt)
-                    if timing.num_tokens != load.max_tokens:
-                        raise WeftError(f"{timing.num_tokens} tokens came instead of {load.max_tokens}")
-                    outcome.timings.append(timing)
-                except WeftError as error:
-                    outcome.errors.append(str(error))
-                with _num_ended.get_lock():
-                    _num_ended.value += 1
+    async def stream(ask: Ask) -> None:
+        for prompt in prompts:  # one iterator for all streams: who is free takes the next
+            try:
+                timing = await ask(prompt)
+                if timing.num_tokens != load.max_tokens:
+                    raise WeftError(f"{timing.num_tokens} tokens came instead of {load.max_tokens}")
+                outcome.timings.append(timing)
+            except WeftError as error:
+                outcome.errors.append(str(error))
+            with _num_ended.get_lock():
+                _num_ended.value += 1
 
     async def streams() -> None:
-        await asyncio.gather(*(stream() for _ in range(load.num_streams)))
+        await asyncio.gather(*map(stream, _clients[: load.num_streams]))
 
-    asyncio.run(streams())
+    _clients.extend(make_client(load.service, load.max_tokens) for _ in range(load.num_streams - len(_clients)))
+    _runner.run(streams())
     return replace(outcome, cpu_seconds=time.process_time() - begin)
 
 

@@ -7,14 +7,12 @@ over gRPC no message but the last.
 from __future__ import annotations
 
 import asyncio
-import functools
 import http.client
 import json
 import re
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +26,7 @@ from weft.sampling_params import SamplingParams
 from weft.transport import CHANNEL_OPTIONS
 
 _KEPT_BYTES = 4096  # of an answer's begin and end
+_CHANNEL_OPTIONS = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,52 +82,109 @@ class Timing:
 Ask = Callable[[str], Awaitable[Timing]]
 
 
-@asynccontextmanager
-async def open_stream(service: Service, max_tokens: int) -> AsyncIterator[Ask]:
-    """One client, which asks one thing after the other, with a connection that it shares with no other."""
-    if service.url is not None:
-        yield functools.partial(_ask_http, service, max_tokens)
-        return
-    options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
-    async with grpc.aio.insecure_channel(service.target, options) as channel:
-        yield functools.partial(_ask_grpc, service, max_tokens, channel)
+def make_client(service: Service, max_tokens: int) -> Ask:
+    """One client, which asks one thing after the other. It keeps its connection, which it shares with no other, and
+    which is open before a request's time begins.
+    """
+    client = _GrpcClient(service, max_tokens) if service.url is None else _HttpClient(service, max_tokens)
+    return client.ask
 
 
-async def _ask_grpc(service: Service, max_tokens: int, channel: grpc.aio.Channel, prompt: str) -> Timing:
-    call = calls.stream_generate(
-        prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True), {"model": service.model}
-    )
-    path, serialize, deserialize = call.wire
-    metadata = (("authorization", f"Bearer {service.api_key}"),) if service.api_key else ()
-    begin, first, last_message = time.perf_counter(), 0.0, b""
-    stream: Any = channel.unary_stream(path, serialize, None)(call.request, metadata=metadata)
-    try:
-        async for last_message in stream:  # noqa: B007
-            first = first or time.perf_counter()
-    except grpc.aio.AioRpcError as error:
-        raise from_rpc_error(error) from None
-    usage = deserialize(last_message).usage
-    return Timing(begin, first, time.perf_counter(), usage.prompt_tokens, usage.completion_tokens)
+class _GrpcClient:
+    def __init__(self, service: Service, max_tokens: int) -> None:
+        self._service = service
+        self._sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        self._metadata = (("authorization", f"Bearer {service.api_key}"),) if service.api_key else ()
+        self._channel: grpc.aio.Channel | None = None
+
+    async def ask(self, prompt: str) -> Timing:
+        call = calls.stream_generate(prompt, self._sampling, {"model": self._service.model})
+        path, serialize, deserialize = call.wire
+        try:
+            channel = self._channel or await self._connect()
+            begin, first, last_message = time.perf_counter(), 0.0, b""
+            stream: Any = channel.unary_stream(path, serialize, None)(call.request, metadata=self._metadata)
+            async for last_message in stream:  # noqa: B007
+                first = first or time.perf_counter()
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from None
+        usage = deserialize(last_message).usage
+        return Timing(begin, first, time.perf_counter(), usage.prompt_tokens, usage.completion_tokens)
+
+    async def _connect(self) -> grpc.aio.Channel:
+        """A channel connects with its first call."""
+        call = calls.list_models()
+        channel = grpc.aio.insecure_channel(self._service.target, _CHANNEL_OPTIONS)
+        method: Any = channel.unary_unary(*call.wire)
+        await method(call.request, metadata=self._metadata)
+        self._channel = channel
+        return channel
 
 
-async def _ask_http(service: Service, max_tokens: int, prompt: str) -> Timing:
-    address = urlsplit(service.url or "")
-    is_tls = address.scheme == "https"
-    begin = time.perf_counter()
-    try:
-        transport, answer = await asyncio.get_running_loop().create_connection(
-            lambda: _Answer(_http_request(service, prompt, max_tokens)),
-            address.hostname or "",
-            address.port or (443 if is_tls else 80),
-            ssl=is_tls or None,
-        )
-    except OSError as error:
-        raise WeftError(f"cannot connect to {address.netloc}: {error.strerror}") from error
-    try:
-        last = await answer.ended
-        return Timing(begin, answer.first, last, answer.count("prompt_tokens"), answer.count("completion_tokens"))
-    finally:
-        transport.close()
+class _HttpClient(asyncio.Protocol):
+    """Notes when the events of each answer begin and end."""
+
+    def __init__(self, service: Service, max_tokens: int) -> None:
+        self._service = service
+        self._max_tokens = max_tokens
+        self._transport: asyncio.Transport | None = None
+        self._head = self._tail = b""
+        self._first = 0.0
+        self._ended: asyncio.Future[float] | None = None
+
+    async def ask(self, prompt: str) -> Timing:
+        request = _http_request(self._service, prompt, self._max_tokens)
+        transport = self._transport or await self._connect()
+        self._head = self._tail = b""
+        self._first = 0.0
+        self._ended = asyncio.get_running_loop().create_future()
+        begin = time.perf_counter()
+        transport.write(request)
+        last = await self._ended
+        return Timing(begin, self._first, last, self._count("prompt_tokens"), self._count("completion_tokens"))
+
+    async def _connect(self) -> asyncio.Transport:
+        address = urlsplit(self._service.url or "")
+        is_tls = address.scheme == "https"
+        port = address.port or (443 if is_tls else 80)
+        try:
+            transport, _ = await asyncio.get_running_loop().create_connection(
+                lambda: self, address.hostname or "", port, ssl=is_tls or None
+            )
+        except OSError as error:
+            raise WeftError(f"cannot connect to {address.netloc}: {error.strerror}") from error
+        return transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        now = time.perf_counter()
+        self._tail = (self._tail + data)[-_KEPT_BYTES:]
+        if not self._first:
+            self._head = (self._head + data)[:_KEPT_BYTES]
+            self._first = now if b"\ndata: {" in self._head else 0.0
+            if b"\r\n\r\n" in self._head and not self._is_accepted and self._transport is not None:
+                self._transport.close()  # an error comes in one piece, and with no end that is its own
+        if self._ended is not None and not self._ended.done() and b"\ndata: [DONE]" in self._tail:
+            self._ended.set_result(now)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        if self._ended is not None and not self._ended.done():
+            status = self._head.partition(b"\r\n")[0].decode(errors="replace")
+            rest = "the stream broke off" if self._is_accepted else self._tail.decode(errors="replace")[-500:]
+            self._ended.set_exception(WeftError(f"{status}: {rest}"))
+
+    @property
+    def _is_accepted(self) -> bool:
+        return b" 200 " in self._head.partition(b"\r\n")[0]
+
+    def _count(self, name: str) -> int:
+        """A number of the usage that came last; 0 if there was none."""
+        found = re.findall(rf'"{name}":\s*(\d+)'.encode(), self._tail)
+        return int(found[-1]) if found else 0
 
 
 def _http_request(service: Service, prompt: str, max_tokens: int) -> bytes:
@@ -136,40 +192,6 @@ def _http_request(service: Service, prompt: str, max_tokens: int) -> bytes:
     body = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
     body |= {"stream_options": {"include_usage": True}} | ({"model": service.model} if service.model else {})
     payload = json.dumps(body).encode()
-    headers = service.headers | {"Host": address.netloc, "Content-Length": str(len(payload)), "Connection": "close"}
+    headers = service.headers | {"Host": address.netloc, "Content-Length": str(len(payload))}
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     return f"POST {address.path.rstrip('/')}/v1/completions HTTP/1.1\r\n{lines}\r\n".encode() + payload
-
-
-class _Answer(asyncio.Protocol):
-    """Sends a request, and notes when its events begin and end."""
-
-    def __init__(self, request: bytes) -> None:
-        self._request = request
-        self._head = self._tail = b""
-        self.first = 0.0
-        self.ended: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-
-    def count(self, name: str) -> int:
-        """A number of the usage that came last; 0 if there was none."""
-        found = re.findall(rf'"{name}":\s*(\d+)'.encode(), self._tail)
-        return int(found[-1]) if found else 0
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        transport.write(self._request)
-
-    def data_received(self, data: bytes) -> None:
-        now = time.perf_counter()
-        if not self.first:
-            self._head = (self._head + data)[:_KEPT_BYTES]
-            self.first = now if b"\ndata: {" in self._head else 0.0
-        self._tail = (self._tail + data)[-_KEPT_BYTES:]
-        if b"\ndata: [DONE]" in self._tail and not self.ended.done():
-            self.ended.set_result(now)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if not self.ended.done():
-            status = self._head.partition(b"\r\n")[0].decode(errors="replace")
-            rest = "the stream broke off" if " 200 " in status else self._tail.decode(errors="replace")[-500:]
-            self.ended.set_exception(WeftError(f"{status}: {rest}"))
