@@ -34,6 +34,13 @@ class Rows:
     def step(self, work: list[tuple[int, list[int]]]) -> list[Tensor]:
         """Compute (row, token ids) pairs, those of one token as decode rows; returns each one's logits [T, V]."""
         work = sorted(work, key=lambda item: len(item[1]) > 1)
+        hidden = self.model(*self.lay_out(work), self.cache)
+        logits = torch.split(self.model.logits(hidden).float(), [len(ids) for _, ids in work])
+        by_row = dict(zip([row for row, _ in work], logits, strict=True))
+        return [by_row[row] for row in sorted(by_row)]
+
+    def lay_out(self, work: list[tuple[int, list[int]]]) -> tuple[Tensor, BatchLayout]:
+        """The token ids of (row, token ids) pairs, those of one token first, and where they lie."""
         starts = [self.lens[row] for row, _ in work]
         positions = torch.cat([torch.arange(s, s + len(ids)) for s, (_, ids) in zip(starts, work, strict=True)])
         rows = torch.cat([torch.full((len(ids),), row) for row, ids in work])
@@ -54,10 +61,7 @@ class Rows:
             max_chunk_tokens=sum(n for n in query_lens if n > 1),
             max_seq_len=max(self.lens),
         )
-        hidden = self.model(torch.tensor([i for _, ids in work for i in ids]), layout, self.cache)
-        logits = self.model.logits(hidden).float()
-        by_row = dict(zip([row for row, _ in work], torch.split(logits, query_lens), strict=True))
-        return [by_row[row] for row in sorted(by_row)]
+        return torch.tensor([i for _, ids in work for i in ids]), layout
 
 
 def prompt(num_tokens: int, seed: int) -> list[int]:

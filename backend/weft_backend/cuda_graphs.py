@@ -1,8 +1,8 @@
 """CUDA graphs of steps: one launch from the host instead of one for each kernel.
 
-A step is two graphs: *forward*, from the step's inputs to hidden states, and *sample*, from the hidden states of the
-rows that sample to tokens written into the row tables. A batch in which some row needs more than plain sampling replays
-the first and samples eagerly; and rows that sample are counted apart from rows and tokens that are computed.
+A step is two graphs: *forward*, from the step's inputs to the hidden states of the rows that sample, and *sample*, from
+these to tokens written into the row tables. A batch in which some row needs more than plain sampling replays the first
+and samples eagerly; and rows that sample are counted apart from rows and tokens that are computed.
 
 Forward graphs are captured for two kinds of shape. A decode step has one token a row. A mixed step has any number of
 decode rows and chunks: kernels learn on the device which tokens are whose. Both exist for bucket sizes, and what a step
@@ -44,7 +44,7 @@ class StepShape:
 _BESIDE = 32
 _SMALL = 1024  # tokens: more launch no other kernels than the largest step
 
-Forward = Callable[[StepShape], Tensor]  # hidden states [T, H]; those to sample from, where Sample finds them
+Forward = Callable[[StepShape], Tensor]  # hidden states, which go where Sample finds them
 Sample = Callable[[int], Tensor]  # of the first so many rows that sample: int32 [2, S]
 
 
@@ -100,19 +100,17 @@ class StepGraphs:
             if shape.num_tokens <= _SMALL or shape == shapes[0]:
                 forward(shape)
         sample(max_num_seqs)
-        self._forwards = {shape: _capture(partial(forward, shape), pool) for shape in shapes}
+        self._forwards = {shape: _capture(partial(forward, shape), pool)[0] for shape in shapes}
         self._samples = {size: _capture(partial(sample, size), pool) for size in reversed(self._decode_sizes)}
 
-    def forward(self, plan: StepPlan) -> Tensor:
-        """Replay the forward pass; returns hidden states of at least its tokens."""
+    def forward(self, plan: StepPlan) -> None:
+        """Replay the forward pass."""
         num_tokens = plan.num_tokens
         if num_tokens == plan.num_decode_rows:
             shape = decode_shape(_at_least(num_tokens, self._decode_sizes))
         else:
             shape = mixed_shape(_at_least(num_tokens, self._mixed_sizes), self._max_num_seqs)
-        graph, hidden = self._forwards[shape]
-        graph.replay()
-        return hidden
+        self._forwards[shape].replay()
 
     def sample(self, num_samples: int) -> Tensor:
         """Sample plainly for the rows of the last step; returns int32 ``[2, S]``, or more columns than that."""

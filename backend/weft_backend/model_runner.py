@@ -21,7 +21,7 @@ from weft_backend.kv_cache import KVCache, KVCachePlan, PageShape, num_host_page
 from weft_backend.largest_step import largest_step
 from weft_backend.layers import SINGLE, TensorParallel
 from weft_backend.sampler import ROWS_AT_ONCE, LogprobTensors, RowExtras, adjust, score_parts
-from weft_backend.step import StepPlan, StepResult, TokenLogprobs
+from weft_backend.step import ScoredChunk, StepPlan, StepResult, TokenLogprobs
 from weft_backend.step_inputs import (
     MAX_NEW_ROWS,
     MAX_NEW_WORDS,
@@ -40,8 +40,8 @@ PROMPT_TOKENS_AT_ONCE = 256  # scored together: bounds the logits in memory
 class Model(Protocol):
     """A causal language model over paged keys and values."""
 
-    def __call__(self, token_ids: Tensor, layout: BatchLayout, kv_cache: Tensor) -> Tensor:
-        """int64 ``[T]`` to hidden states ``[T, H]``."""
+    def __call__(self, token_ids: Tensor, layout: BatchLayout, kv_cache: Tensor, wanted: Tensor | None) -> Tensor:
+        """int64 ``[T]`` to hidden states of all tokens ``[T, H]``, or of the ``wanted``, int32 ``[S]``, alone."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[S, H]`` to ``[S, V]``."""
@@ -152,10 +152,17 @@ class ModelRunner:
         """Queue a step; on a GPU it returns before the step is done, and never waits."""
         self._cache.apply(plan.page_moves, self._uploader, self._ops)
         samples, buffer = self._load(plan)
-        hidden = self._forward(StepShape.of(plan)) if self._graphs is None else self._graphs.forward(plan)
+        prompt_logprobs: list[_Scores] = []
+        if chunks := plan.scored_chunks():
+            hidden = self._forward(StepShape.of(plan), of_all=True)
+            prompt_logprobs = self._score_prompts(plan, chunks, hidden)
+        elif self._graphs is None:
+            self._forward(StepShape.of(plan))
+        else:
+            self._graphs.forward(plan)
         self._extras.start_rows(plan.new_rows, self._uploader)  # the device is at work by now
         results, logprobs = self._sample_rows(samples) if len(samples.indices) else (None, None)
-        return self._download(plan, samples, buffer, results, logprobs, self._score_prompts(plan, hidden))
+        return self._download(plan, samples, buffer, results, logprobs, prompt_logprobs)
 
     def collect(self, launched: LaunchedStep) -> StepResult:
         """Wait for a step's results."""
@@ -189,8 +196,9 @@ class ModelRunner:
             words, new_rows = NO_WORDS, []
         return self._inputs.load(plan, updates, len(new_rows), words)
 
-    def _forward(self, shape: StepShape) -> Tensor:
-        """Hidden states ``[T, H]`` of the loaded step; those to sample from go to ``self._hidden``.
+    def _forward(self, shape: StepShape, of_all: bool = False) -> Tensor:
+        """Hidden states of the loaded step, of its tokens to sample from or ``of_all`` ``[T, H]``; the former go to
+        ``self._hidden``.
 
         Depends on nothing else on the host, so it can be captured.
         """
@@ -215,10 +223,15 @@ class ModelRunner:
             max_chunk_tokens=shape.max_chunk_tokens,
             max_seq_len=self._state.max_model_len,
         )
-        hidden = self._model(token_ids, layout, self._cache.pages)
+        last_tokens = inputs.last_tokens[: shape.num_rows]
+        selects = not of_all and shape.num_rows < shape.num_tokens
+        hidden = self._model(token_ids, layout, self._cache.pages, last_tokens if selects else None)
         if not len(self._hidden):
             self._hidden = hidden.new_empty((self._max_num_seqs, hidden.shape[1]))
-        torch.index_select(hidden, 0, inputs.last_tokens[: shape.num_rows], out=self._hidden[: shape.num_rows])
+        if selects:
+            self._hidden[: shape.num_rows] = hidden
+        else:
+            torch.index_select(hidden, 0, last_tokens, out=self._hidden[: shape.num_rows])
         return hidden
 
     def _sample(self, num_samples: int) -> Tensor:
@@ -258,27 +271,15 @@ class ModelRunner:
         tensors = score_parts(of_rows, [tokens[part] for part in parts], max(num_top))
         return results, _Scores(samples.indices[scored].tolist(), num_top, tensors)
 
-    def _score_prompts(self, plan: StepPlan, hidden: Tensor) -> list[_Scores]:
-        """Log-probabilities of the prompt tokens that follow those computed in this step, for the rows that ask.
-
-        A prompt is scored once, by its first choice: another that could not fork from it computes the prompt again.
-        """
+    def _score_prompts(self, plan: StepPlan, chunks: list[ScoredChunk], hidden: Tensor) -> list[_Scores]:
+        """Log-probabilities of the prompt tokens that follow those of the chunks."""
         scores: list[_Scores] = []
-        if plan.num_decode_rows == len(plan.rows):
-            return scores
-        starts = np.cumsum(plan.query_lens) - plan.query_lens
-        for index in range(plan.num_decode_rows, len(plan.rows)):
-            sequence = plan.sequences[index]
-            request = sequence.request
-            position, num_top = int(plan.start_positions[index]), request.sampling.prompt_logprobs
-            num_tokens = min(int(plan.query_lens[index]), request.num_prompt_tokens - 1 - position)
-            if num_top is None or num_tokens <= 0 or sequence.choice > 0:
-                continue
-            chunk = hidden[int(starts[index]) :][:num_tokens]
-            tokens = self._state.tables.token_ids[int(plan.rows[index]), position + 1 :][:num_tokens]
-            parts = (self._model.logits(part) for part in torch.split(chunk, PROMPT_TOKENS_AT_ONCE))
-            tensors = score_parts(parts, torch.split(tokens, PROMPT_TOKENS_AT_ONCE), num_top)
-            scores.append(_Scores([index], [num_top], tensors))
+        for place, first, num_tokens, num_top in chunks:
+            of_row = self._state.tables.token_ids[int(plan.rows[place]), int(plan.start_positions[place]) + 1 :]
+            tokens = torch.split(of_row[:num_tokens], PROMPT_TOKENS_AT_ONCE)
+            parts = torch.split(hidden[first : first + num_tokens], PROMPT_TOKENS_AT_ONCE)
+            tensors = score_parts((self._model.logits(part) for part in parts), tokens, num_top)
+            scores.append(_Scores([place], [num_top], tensors))
         return scores
 
     def _download(

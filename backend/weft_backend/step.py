@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,15 @@ class PageMoves:
     copy: Int32Array  # device page -> device page: the last, partial page of a fork
 
 
+class ScoredChunk(NamedTuple):
+    """Tokens of a step whose next ones in the prompt are to be scored."""
+
+    place: int  # of their row in the plan
+    first: int  # of them in the step
+    num_tokens: int
+    num_top: int  # likeliest ids that are reported
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """One engine step over ``B`` rows: decode rows (one token each), then at most ``MAX_CHUNKS`` prefill chunks."""
@@ -64,6 +74,23 @@ class StepPlan:
     def num_tokens(self) -> int:
         """Tokens computed in this step."""
         return int(self.query_lens.sum())
+
+    def scored_chunks(self) -> list[ScoredChunk]:
+        """Those of the rows that ask for their prompt's log-probabilities.
+
+        A prompt is scored once, by its first choice: another that could not fork from it computes the prompt again.
+        """
+        chunks: list[ScoredChunk] = []
+        if self.num_decode_rows == len(self.rows):
+            return chunks
+        starts = self.query_lens.cumsum() - self.query_lens
+        for index in range(self.num_decode_rows, len(self.rows)):
+            request, choice = self.sequences[index].request, self.sequences[index].choice
+            num_unscored = request.num_prompt_tokens - 1 - int(self.start_positions[index])
+            num_tokens, num_top = min(int(self.query_lens[index]), num_unscored), request.sampling.prompt_logprobs
+            if num_top is not None and num_tokens > 0 and choice == 0:
+                chunks.append(ScoredChunk(index, int(starts[index]), num_tokens, num_top))
+        return chunks
 
 
 @dataclass(frozen=True, slots=True)

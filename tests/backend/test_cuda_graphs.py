@@ -60,7 +60,7 @@ def record(graph: Recording, pool: Any) -> Iterator[None]:
 class SumModel:
     """The next token is a function of the last, its position, and the keys of the row's first page."""
 
-    def __call__(self, token_ids: Tensor, layout: BatchLayout, kv_cache: Tensor) -> Tensor:
+    def __call__(self, token_ids: Tensor, layout: BatchLayout, kv_cache: Tensor, wanted: Tensor | None) -> Tensor:
         cache = kv_cache[0, 0].view(-1)
         safe = torch.where(layout.slots < 0, cache.shape[0] - 1, layout.slots)
         cache[safe] = torch.where(layout.slots < 0, 0.0, token_ids.float())
@@ -68,7 +68,8 @@ class SumModel:
         owners = torch.searchsorted(layout.query_starts[1:], tokens, right=True)
         rows = layout.rows[owners.clamp(max=len(layout.rows) - 1)]
         first = cache[layout.page_table[rows.long(), 0].long() * PAGE_SIZE]
-        return ((token_ids * 31 + layout.positions * 7 + first) % VOCAB_SIZE)[:, None].float()
+        hidden = ((token_ids * 31 + layout.positions * 7 + first) % VOCAB_SIZE)[:, None].float()
+        return hidden if wanted is None else hidden.index_select(0, wanted)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return -(torch.arange(VOCAB_SIZE, device=hidden.device) - hidden).abs()
@@ -164,6 +165,13 @@ def test_rows_that_ask_for_more_are_sampled_outside_of_the_graph(graphed: ModelR
     assert generated(plain) == expected([4, 8], 6)
     assert generated(biased) == [50] * 6
     assert generated(stopped) == expected([4, 8], 3)
+
+
+def test_prompts_are_scored_outside_of_the_graphs(graphed: ModelRunner) -> None:
+    plain = make_request([4, 8] * 6, max_tokens=6)
+    scored = make_request([4, 8] * 4, max_tokens=6, prompt_logprobs=1)
+    run(graphed, [plain, scored])
+    assert [generated(plain), generated(scored)] == [expected([4, 8] * 6, 6), expected([4, 8] * 4, 6)]
 
 
 def test_bucket_sizes_end_at_the_largest_step() -> None:

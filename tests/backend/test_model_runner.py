@@ -32,7 +32,7 @@ SHAPE = PageShape(num_layers=1, num_kv_heads=1, page_size=PAGE_SIZE, head_dim=1,
 class ChecksumModel:
     """Writes token ids to their slots; hidden states are checksums of a row's cached prefix; logits peak at them."""
 
-    def __call__(self, token_ids: Tensor, layout: BatchLayout, kv_cache: Tensor) -> Tensor:
+    def __call__(self, token_ids: Tensor, layout: BatchLayout, kv_cache: Tensor, wanted: Tensor | None) -> Tensor:
         cache = kv_cache[0, 0].view(-1)
         kept = layout.slots >= 0
         cache[layout.slots[kept]] = token_ids[kept].float()
@@ -44,7 +44,7 @@ class ChecksumModel:
                 places = torch.arange(int(layout.positions[token]) + 1)
                 held = cache[pages[places // PAGE_SIZE].long() * PAGE_SIZE + places % PAGE_SIZE]
                 hidden[token] = checksum([int(value) for value in held])
-        return hidden
+        return hidden if wanted is None else hidden[wanted]
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = -(torch.arange(VOCAB_SIZE) - hidden).abs()
@@ -240,6 +240,26 @@ def test_prompt_logprobs_of_chunks_join_to_those_of_the_whole() -> None:
     assert sum(len(part.token_ranks) for part in short) == 4
     assert all(part.top_logprobs.shape[1] == 0 for part in short)
     assert not prompt_scores(outputs, others[0])
+
+
+def test_of_a_prompt_that_is_not_scored_only_the_last_token_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: list[list[int] | None] = []
+
+    class Recorder(ChecksumModel):
+        def __call__(self, token_ids: Tensor, layout: BatchLayout, kv_cache: Tensor, tokens: Tensor | None) -> Tensor:
+            wanted.append(None if tokens is None else tokens.tolist())
+            return super().__call__(token_ids, layout, kv_cache, tokens)
+
+    runner = make_runner()
+    monkeypatch.setattr(runner, "_model", Recorder())
+    first = start(make_request([5, 9, 2], max_tokens=9), row=0, pages=[4, 5])
+    second = start(make_request([1, 2], max_tokens=9), row=1, pages=[6, 7])
+    scored = start(make_request([1, 2], max_tokens=9, prompt_logprobs=0), row=2, pages=[8, 9])
+    runner.launch(plan_of([(first, 0, 3), (second, 0, 2)], new=True))
+    runner.launch(plan_of([(first, 3, 1), (second, 2, 1)], new=False))
+    result = runner.collect(runner.launch(plan_of([(first, 4, 1), (scored, 0, 2)], new=True)))
+    assert wanted == [[2, 4], None, None]
+    assert result.token_ids.tolist() == [expected([5, 9, 2], 3)[2], expected([1, 2], 1)[0]]
 
 
 def prompt_scores(outputs: list[SequenceOutput], request: Request) -> list[tuple[int, TokenLogprobs]]:

@@ -81,6 +81,17 @@ def test_chunks_batched_with_others(config: ModelConfig, model: Model, reference
         assert distance(torch.cat(parts), reference(token_ids)) < TOLERANCE
 
 
+@torch.inference_mode()
+def test_wanted_tokens_alone(config: ModelConfig, model: Model) -> None:
+    rows = Rows(model, config, 2)
+    token_ids, layout = rows.lay_out([(0, prompt(21, seed=6)), (1, prompt(5, seed=7))])
+    wanted = torch.tensor([20, 25, 3, 20], dtype=torch.int32)
+    hidden, cache = model(token_ids, layout, rows.cache), rows.cache.clone()
+    rows.cache.fill_(float("nan"))
+    assert distance(model(token_ids, layout, rows.cache, wanted), hidden[wanted]) < TOLERANCE
+    assert torch.equal(rows.cache.nan_to_num(-1), cache.nan_to_num(-1))  # it has the keys and values of all tokens
+
+
 def test_greedy_decode_of_64_tokens(config: ModelConfig, model: Model, reference: Logits) -> None:
     prompts = [prompt(9, seed=4), prompt(30, seed=5)]
     rows = Rows(model, config, 2)

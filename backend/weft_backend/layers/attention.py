@@ -60,10 +60,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps, ops) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, ops) if config.qk_norm else None
 
-    def forward(self, x: Tensor, norm: RMSNorm | None, layout: BatchLayout, kv_cache: Tensor) -> Tensor:
-        """x [T, H] with the attention of ``norm(x)`` added to it, in place.
+    def forward(
+        self, x: Tensor, norm: RMSNorm | None, layout: BatchLayout, kv_cache: Tensor, wanted: Tensor | None
+    ) -> Tensor:
+        """x [T, H] with the attention of ``norm(x)`` added to it, in place; or the ``wanted`` tokens alone [S, H].
 
-        This layer's ``kv_cache`` [2, P, Hkv, page, D] takes the tokens' keys and values.
+        This layer's ``kv_cache`` [2, P, Hkv, page, D] takes the keys and values of all tokens.
         """
         attended = self._ops.attention(
             self.qkv_proj(x, norm),
@@ -80,6 +82,8 @@ class Attention(nn.Module):
             self._sliding_window,
             self._alibi_slopes,
         )
+        if wanted is not None:
+            x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)
         out: Tensor = self.o_proj(attended.flatten(1), x)
         return out
 

@@ -18,14 +18,25 @@ class Decoder(nn.Module, ABC):
 
     checkpoint_path: ClassVar[str] = "model"
     embed_tokens: VocabParallelEmbedding
+    layers: nn.ModuleList
 
     @abstractmethod
     def __init__(self, config: ModelConfig, tp: TensorParallel, ops: Ops) -> None:
         super().__init__()
 
     @abstractmethod
-    def forward(self, token_ids: Tensor, layout: BatchLayout, kv_cache: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor, layout: BatchLayout, kv_cache: Tensor, wanted: Tensor | None) -> Tensor:
         """See ``Model.forward``."""
+
+    def through_layers(self, x: Tensor, layout: BatchLayout, kv_cache: Tensor, wanted: Tensor | None) -> Tensor:
+        """The ``wanted`` tokens, or all, after all layers. Behind the last layer's keys and values nothing is computed
+        for others: of a prompt only the last token is looked at.
+        """
+        *before, (last, last_cache) = zip(self.layers, kv_cache, strict=True)
+        for layer, layer_cache in before:
+            x = layer(x, layout, layer_cache, None)
+        hidden: Tensor = last(x, layout, last_cache, wanted)
+        return hidden
 
 
 class Model(nn.Module):
@@ -39,12 +50,13 @@ class Model(nn.Module):
             decoder.embed_tokens if self.is_tied else VocabParallelEmbedding(config.vocab_size, config.embed_size, tp)
         )
 
-    def forward(self, token_ids: Tensor, layout: BatchLayout, kv_cache: Tensor) -> Tensor:
-        """Hidden states [T, H], ready for ``logits``, of token ids int64 [T].
+    def forward(self, token_ids: Tensor, layout: BatchLayout, kv_cache: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Hidden states, ready for ``logits``, of token ids int64 [T]: of all [T, H], or of the ``wanted`` tokens
+        [S, H], int32 [S].
 
         ``kv_cache`` [L, 2, P, Hkv / ranks, page, D] takes the tokens' keys and values at ``layout.slots``.
         """
-        hidden: Tensor = self.decoder(token_ids, layout, kv_cache)
+        hidden: Tensor = self.decoder(token_ids, layout, kv_cache, wanted)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

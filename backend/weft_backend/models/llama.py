@@ -54,14 +54,14 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, ops)
         self.mlp = GatedMLP(config, tp, ops)
 
-    def forward(self, x: Tensor, layout: BatchLayout, kv_cache: Tensor) -> Tensor:
-        x = self.self_attn(x, self.input_layernorm, layout, kv_cache)
+    def forward(self, x: Tensor, layout: BatchLayout, kv_cache: Tensor, wanted: Tensor | None) -> Tensor:
+        x = self.self_attn(x, self.input_layernorm, layout, kv_cache, wanted)
         out: Tensor = self.mlp(x, self.post_attention_layernorm)
         return out
 
 
 class LlamaDecoder(Decoder):
-    """Token ids [T] to final-normed hidden states [T, H]."""
+    """Token ids to final-normed hidden states."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, ops: Ops) -> None:
         super().__init__(config, tp, ops)
@@ -73,9 +73,7 @@ class LlamaDecoder(Decoder):
         self.layers = nn.ModuleList(LlamaLayer(config, tp, ops, cos_sin) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, ops)
 
-    def forward(self, token_ids: Tensor, layout: BatchLayout, kv_cache: Tensor) -> Tensor:
-        x = self.embed_tokens(token_ids)
-        for layer, layer_cache in zip(self.layers, kv_cache, strict=True):
-            x = layer(x, layout, layer_cache)
+    def forward(self, token_ids: Tensor, layout: BatchLayout, kv_cache: Tensor, wanted: Tensor | None) -> Tensor:
+        x = self.through_layers(self.embed_tokens(token_ids), layout, kv_cache, wanted)
         hidden: Tensor = self.norm(x)
         return hidden

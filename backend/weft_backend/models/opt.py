@@ -43,18 +43,18 @@ class OPTLayer(nn.Module):
         )
         self.final_layer_norm = LayerNorm(hidden_size, config.norm_eps, ops)
 
-    def forward(self, x: Tensor, layout: BatchLayout, kv_cache: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layout: BatchLayout, kv_cache: Tensor, wanted: Tensor | None) -> Tensor:
         if self._post_norm:
-            x = self.self_attn_layer_norm(self.self_attn(x, None, layout, kv_cache))
+            x = self.self_attn_layer_norm(self.self_attn(x, None, layout, kv_cache, wanted))
             x = self.final_layer_norm(self.fc2(self.fc1(x), x))
             return x
-        x = self.self_attn(x, self.self_attn_layer_norm, layout, kv_cache)
+        x = self.self_attn(x, self.self_attn_layer_norm, layout, kv_cache, wanted)
         out: Tensor = self.fc2(self.fc1(x, self.final_layer_norm), x)
         return out
 
 
 class OPTDecoder(Decoder):
-    """Token ids [T] to hidden states [T, embed_size]."""
+    """Token ids to hidden states of ``embed_size``."""
 
     checkpoint_path = "model.decoder"
 
@@ -69,10 +69,9 @@ class OPTDecoder(Decoder):
         self.layers = nn.ModuleList(OPTLayer(config, tp, ops) for _ in range(config.num_layers))
         self.final_layer_norm = nn.Identity() if config.post_norm else LayerNorm(hidden_size, config.norm_eps, ops)
 
-    def forward(self, token_ids: Tensor, layout: BatchLayout, kv_cache: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor, layout: BatchLayout, kv_cache: Tensor, wanted: Tensor | None) -> Tensor:
         x = self.project_in(self.embed_tokens(token_ids)) + self.embed_positions(layout.positions)
-        for layer, layer_cache in zip(self.layers, kv_cache, strict=True):
-            x = layer(x, layout, layer_cache)
+        x = self.through_layers(x, layout, kv_cache, wanted)
         hidden: Tensor = self.project_out(self.final_layer_norm(x))
         return hidden
 
