@@ -1,8 +1,8 @@
 """Linear layers with what stands around them: the norm before, and activation and residual sum after.
 
-Few tokens go through kernels that stream the weights: up to 8 through ``mma_linear``, up to 64 through
-``wgmma_linear``, up to 256 through ``wide_linear`` if the weights have 16 bits. More go through the library. From 9
-tokens on float8 weights are multiplied with tokens rounded to float8.
+Few tokens go through kernels that stream the weights: up to 8 through ``mma_linear``, up to 64, with float8 weights
+128, through ``wgmma_linear``, up to 256 through ``wide_linear`` if the weights have 16 bits. More go through the
+library. From 9 tokens on float8 weights are multiplied with tokens rounded to float8.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _linear_on_hopper(
     """None: the library is faster, or no kernel takes it."""
     (num_tokens, size), num_outputs, sms = x.shape, weight.shape[0], num_sms(x.device)
     is_float8, is_gated = weight_scale is not None, activation == "silu_and_mul"
-    if (tile := mma_tile(num_tokens, num_outputs, size, is_float8, sms)) is not None:
+    if (tile := mma_tile(num_tokens, num_outputs, size, activation, is_float8, sms)) is not None:
         return mma_linear(x, weight, bias, weight_scale, norm, residual, activation, tile)
     if is_gated and bias is not None:
         return None

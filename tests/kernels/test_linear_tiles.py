@@ -8,16 +8,17 @@ from weft_kernels import Activation
 from weft_kernels.linear_tiles import mma_tile, wgmma_tile, wide_tile
 from weft_kernels.wgmma_linear import block_t
 
+ACTIVATIONS: list[Activation | None] = [None, "silu_and_mul"]
 SHARED_BYTES = 227 * 1024  # that a program may have
 SIZES = [64, 128, 192, 768, 896, 1024, 2048, 4096, 11008, 13824, 14336]
 
 
 @pytest.mark.parametrize("num_sms", [78, 114, 132])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("activation", [None, "silu_and_mul"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("is_float8", [False, True])
 def test_tiles_of_some_tokens_fit(size: int, activation: Activation | None, is_float8: bool, num_sms: int) -> None:
-    for num_tokens in (1, 16, 17, 64):
+    for num_tokens in (1, 16, 17, 64, *((65, 128) if is_float8 else ())):
         for num_outputs in (48, 64, 576, 1024, 2304, 4096, 5120, 28672, 151936):
             tile = wgmma_tile(num_tokens, num_outputs, size, activation, is_float8, num_sms)
             if is_float8 and size % 128:
@@ -34,7 +35,7 @@ def test_tiles_of_some_tokens_fit(size: int, activation: Activation | None, is_f
 
 @pytest.mark.parametrize("num_sms", [78, 114, 132])
 @pytest.mark.parametrize("size", [*SIZES, 40])
-@pytest.mark.parametrize("activation", [None, "silu_and_mul"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_wide_tiles_fit(size: int, activation: Activation | None, num_sms: int) -> None:
     for num_tokens in (65, 80, 96, 97, 128, 129, 144, 160, 192, 193, 224, 256):
         for num_outputs in (48, 64, 576, 1024, 2304, 4096, 6144, 28672, 151936):
@@ -59,19 +60,21 @@ def test_wide_tiles_fit(size: int, activation: Activation | None, num_sms: int) 
 @pytest.mark.parametrize("is_float8", [False, True])
 def test_tiles_of_few_tokens_keep_their_warps_busy(size: int, is_float8: bool) -> None:
     for num_outputs in (48, 1024, 4096, 6144, 28672):
-        tile = mma_tile(8, num_outputs, size, is_float8, 132)
-        assert tile is not None
-        assert tile.block_k * tile.num_warps <= max(1024, 2 * size)
-        assert tile.block_n * tile.block_k <= 64 * 64  # a quarter of the registers
+        for activation in ACTIVATIONS:
+            tile = mma_tile(8, num_outputs, size, activation, is_float8, 132)
+            assert tile is not None
+            assert tile.block_k * tile.num_warps <= max(1024, 2 * size)
+            assert tile.block_n * tile.block_k <= 64 * 64  # a quarter of the registers
 
 
 def test_other_sizes_go_another_way() -> None:
-    assert mma_tile(9, 4096, 4096, False, 132) is None
-    assert mma_tile(0, 4096, 4096, False, 132) is None
-    assert mma_tile(1, 4096, 40, False, 132) is None
+    assert mma_tile(9, 4096, 4096, None, False, 132) is None
+    assert mma_tile(0, 4096, 4096, None, False, 132) is None
+    assert mma_tile(1, 4096, 40, None, False, 132) is None
     assert wgmma_tile(65, 4096, 4096, None, False, 132) is None
     assert wgmma_tile(64, 4096, 96, None, False, 132) is None
     assert wgmma_tile(64, 4096, 192, None, True, 132) is None
+    assert wgmma_tile(129, 4096, 4096, None, True, 132) is None
     assert wide_tile(64, 4096, 4096, None, 132) is None
     assert wide_tile(225, 4096, 4096, None, 132) is None
     assert wide_tile(257, 1024, 1024, None, 132) is None
