@@ -91,7 +91,7 @@ class Generation:
         _check_asks_for_something(request.sampling, request.echo)
         router.admit(model.backends, name, estimate_prompts(request))
         prompts = await encode_prompts(request, model)
-        return self._submit(name, model, prompts, request, text_limits.DEFAULT_MAX_TOKENS, stream, deadline)
+        return await self._submit(name, model, prompts, request, text_limits.DEFAULT_MAX_TOKENS, stream, deadline)
 
     async def chat(self, request: pb.ChatRequest, *, stream: bool, time_left: float | None = None) -> GenerationStream:
         """Answer a conversation; as ``generate``."""
@@ -105,7 +105,7 @@ class Generation:
         prompt = await encode_chat(request, model, trust_template=self._config.trust_request_chat_template)
         with request_errors():
             limits.check_prompt_len(len(prompt.token_ids), model.card, "messages")
-        return self._submit(name, model, [prompt], request, None, stream, deadline)
+        return await self._submit(name, model, [prompt], request, None, stream, deadline)
 
     async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         """Text, or a conversation through its template, to ids. Raises WeftError."""
@@ -177,7 +177,7 @@ class Generation:
             raise DeadlineExceeded("the request's deadline is over")
         return time.monotonic() + time_left
 
-    def _submit(
+    async def _submit(
         self,
         name: str,
         model: ServedModel,
@@ -207,6 +207,7 @@ class Generation:
             for number, (prompt, token_request) in enumerate(zip(prompts, token_requests, strict=True)):
                 backend = router.pick(model.backends, name)
                 PromptRun(stream, backend, token_request, texts, number=number, field=prompt.field, echo=prompt.echo)
+            await asyncio.sleep(0)  # sessions write now: whatever the caller prepares does not hold the backend up
         except BaseException:
             stream.close()
             raise
