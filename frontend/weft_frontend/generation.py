@@ -90,7 +90,7 @@ class Generation:
             text_limits.check_generate_request(request, model.card, stream)
         _check_asks_for_something(request.sampling, request.echo)
         router.admit(model.backends, name, estimate_prompts(request))
-        prompts = await encode_prompts(request, model)
+        prompts = await encode_prompts(request, model, alone=self._models.is_idle)
         return await self._submit(name, model, prompts, request, text_limits.DEFAULT_MAX_TOKENS, stream, deadline)
 
     async def chat(self, request: pb.ChatRequest, *, stream: bool, time_left: float | None = None) -> GenerationStream:
@@ -102,7 +102,8 @@ class Generation:
         refuse_tool_calls(request)
         _check_asks_for_something(request.sampling, request.echo)
         router.admit(model.backends, name, estimate_chat(request))
-        prompt = await encode_chat(request, model, trust_template=self._config.trust_request_chat_template)
+        trust = self._config.trust_request_chat_template
+        prompt = await encode_chat(request, model, trust_template=trust, alone=self._models.is_idle)
         with request_errors():
             limits.check_prompt_len(len(prompt.token_ids), model.card, "messages")
         return await self._submit(name, model, [prompt], request, None, stream, deadline)

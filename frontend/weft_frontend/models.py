@@ -65,6 +65,11 @@ class ModelRegistry:
         self._texts: dict[str, asyncio.Task[TextHalf]] = {}  # by tokenizer hash
         self._tasks: list[asyncio.Task[None]] = []
 
+    @property
+    def is_idle(self) -> bool:
+        """No request of this process is at a backend."""
+        return not any(client.num_requests for client in self.clients)
+
     def start(self) -> None:
         """Begin to hold a session to each backend."""
         self._tasks = [asyncio.create_task(client.run()) for client in self.clients]

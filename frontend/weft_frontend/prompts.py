@@ -50,10 +50,14 @@ def estimate_chat(request: pb.ChatRequest) -> int:
     return sum(len(message.content.encode()) for message in request.messages) // BYTES_PER_TOKEN
 
 
-async def encode_prompts(request: pb.GenerateRequest, model: ServedModel) -> list[Prompt]:
-    """The prompts of a checked request, in order. Raises InvalidRequest for one that is empty or too long."""
+async def encode_prompts(request: pb.GenerateRequest, model: ServedModel, *, alone: bool) -> list[Prompt]:
+    """The prompts of a checked request, in order. Raises InvalidRequest for one that is empty or too long.
+
+    ``alone``: see ``Tokenizer.encode``.
+    """
     tokenizer = model.text.tokenizer
-    encoded = iter(await tokenizer.encode([prompt.text for prompt in request.prompts if prompt.HasField("text")]))
+    texts = [prompt.text for prompt in request.prompts if prompt.HasField("text")]
+    encoded = iter(await tokenizer.encode(texts, alone=alone))
     prompts = []
     for i, prompt in enumerate(request.prompts):
         if prompt.HasField("text"):
@@ -70,9 +74,14 @@ async def encode_prompts(request: pb.GenerateRequest, model: ServedModel) -> lis
 
 
 async def encode_chat(
-    request: pb.ChatRequest, model: ServedModel, *, trust_template: bool, add_special_tokens: bool = False
+    request: pb.ChatRequest,
+    model: ServedModel,
+    *,
+    trust_template: bool,
+    add_special_tokens: bool = False,
+    alone: bool = False,
 ) -> Prompt:
-    """The prompt of a checked conversation. Raises InvalidRequest if it cannot be rendered."""
+    """The prompt of a checked conversation. Raises InvalidRequest if it cannot be rendered. ``alone``: as above."""
     if request.chat_template:
         if not trust_template:
             message = "chat_template: the operator does not allow templates in requests"
@@ -83,7 +92,7 @@ async def encode_chat(
     max_chars = model.card.max_model_len * text_limits.MAX_CHARS_PER_TOKEN
     args = (request, template, model.text.control_tokens, max_chars)
     pieces = render_prompt(*args) if _is_quick(request) else await asyncio.to_thread(render_prompt, *args)
-    token_ids = await model.text.tokenizer.encode_pieces(pieces, add_special_tokens=add_special_tokens)
+    token_ids = await model.text.tokenizer.encode_pieces(pieces, add_special_tokens=add_special_tokens, alone=alone)
     return Prompt(token_ids, "messages", request.messages[-1].content if request.echo else "")
 
 

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+
 import pytest
 from small_tokenizers import byte_fallback_tokenizer, byte_level_tokenizer, tokenizer_files
 
 from weft_frontend.control_tokens import ControlTokens, split_marks
-from weft_frontend.tokenizer import INLINE_CHARS, Tokenizer, TokenizerError
+from weft_frontend.tokenizer import INLINE_CHARS, INLINE_CHARS_ALONE, Tokenizer, TokenizerError
 
 HELLO = "Hello 日本 😀"
 
@@ -16,9 +19,30 @@ async def test_encodes_as_the_library_does(byte_level_files: dict[str, bytes]) -
     assert await tokenizer.decode((await tokenizer.encode([HELLO]))[0]) == HELLO
 
 
-async def test_long_texts_are_encoded_off_the_loop(byte_level_files: dict[str, bytes]) -> None:
-    text = HELLO * INLINE_CHARS
-    assert await Tokenizer(byte_level_files).encode([text]) == [byte_level_tokenizer().encode(text).ids]
+@pytest.mark.parametrize(
+    ("num_chars", "alone", "is_inline"),
+    [
+        (INLINE_CHARS, False, True),
+        (INLINE_CHARS + 1, False, False),
+        (INLINE_CHARS_ALONE, True, True),
+        (INLINE_CHARS_ALONE + 1, True, False),
+    ],
+)
+async def test_long_texts_are_encoded_off_the_loop(
+    byte_level_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, num_chars: int, alone: bool, is_inline: bool
+) -> None:
+    tokenizer = Tokenizer(byte_level_files)
+    threads: list[threading.Thread] = []
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        threads.append(threading.current_thread())
+        return encode_now(texts)
+
+    encode_now = tokenizer._encode_now
+    monkeypatch.setattr(tokenizer, "_encode_now", encode)
+    text = (HELLO * num_chars)[:num_chars]
+    assert await tokenizer.encode([text], alone=alone) == [byte_level_tokenizer().encode(text).ids]
+    assert [thread is threading.current_thread() for thread in threads] == [is_inline]
 
 
 async def test_adds_what_the_post_processor_adds(byte_fallback_files: dict[str, bytes]) -> None:
