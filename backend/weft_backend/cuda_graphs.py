@@ -49,8 +49,13 @@ Sample = Callable[[int], Tensor]  # of the first so many rows that sample: int32
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
-    """Rows of decode graphs: steps of 8 up to 64, 16 up to 256, then 32; the last is ``max_num_seqs``."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 32)]
+    """Rows of decode graphs: powers of two up to 64, steps of 16 up to 256, then of 32; the last is ``max_num_seqs``.
+
+    Linear layers of 9 to 64 tokens take a power of two at a time, and read from beyond the last if there are fewer:
+    H200, a step of 40 rows in a graph of 40 and of 64, Llama-2-13B 16.2 and 15.7 ms, Llama-3.1-8B 5.95 and 5.89,
+    Qwen3-0.6B 2.10 and 2.11.
+    """
+    sizes = [1, 2, 4, 8, 16, 32, *range(64, 256, 16), *range(256, max_num_seqs, 32)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
