@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 from google.rpc.code_pb2 import RESOURCE_EXHAUSTED
@@ -16,6 +17,12 @@ from weft_backend.errors import Refusal
 from weft_backend.sequence import Request, Sampling
 
 _MIN_RETRY_MS, _MAX_RETRY_MS = 100, 30_000
+
+# The same in the contract as in Sampling, with the same defaults.
+_SAME_FIELDS = {
+    *("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *("n", "min_tokens", "logprobs", "prompt_logprobs"),
+}
 
 
 def make_request(
@@ -57,29 +64,16 @@ def _prompt_of(message: TokenRequest) -> NDArray[np.uint32]:
 
 def resolve_sampling(params: SamplingParams, card: ModelCard, room: int, seeds: random.Random) -> Sampling:
     """Sampling with the contract's defaults for what is unset. Args: ``room`` is the most max_tokens can be."""
-    defaults = Sampling()
-
-    def value_or(name: str, default: float) -> float:
-        return float(getattr(params, name)) if params.HasField(name) else default
-
+    given: dict[str, Any] = {field.name: value for field, value in params.ListFields() if field.name in _SAME_FIELDS}
     stop_token_ids = dict.fromkeys(params.stop_token_ids)
     if not params.ignore_eos:
         stop_token_ids |= dict.fromkeys(card.eos_token_ids)
     return Sampling(
-        temperature=value_or("temperature", defaults.temperature),
-        top_p=value_or("top_p", defaults.top_p),
+        **given,
         top_k=max(params.top_k, 0),
-        min_p=params.min_p,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        repetition_penalty=value_or("repetition_penalty", defaults.repetition_penalty),
         seed=params.seed if params.HasField("seed") else seeds.getrandbits(63),
-        n=params.n if params.HasField("n") else 1,
         stop_token_ids=tuple(stop_token_ids),
-        min_tokens=params.min_tokens,
         max_tokens=min(params.max_tokens, room) if params.HasField("max_tokens") else room,
-        logprobs=params.logprobs if params.HasField("logprobs") else None,
-        prompt_logprobs=params.prompt_logprobs if params.HasField("prompt_logprobs") else None,
         logit_bias=dict(params.logit_bias),
         allowed_token_ids=tuple(params.allowed_token_ids),
     )

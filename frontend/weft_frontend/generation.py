@@ -7,8 +7,8 @@ request against its card, admit it by cost, render and tokenize, pick a backend,
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-import uuid
 from collections.abc import Sequence
 from types import TracebackType
 from typing import NoReturn
@@ -194,7 +194,7 @@ class Generation:
             max_tokens = fit_max_tokens(sampling, model.card, len(prompt.token_ids), default_max_tokens)
             token_requests.append(
                 engine.TokenRequest(
-                    request_id=options.request_id or uuid.uuid4().hex,
+                    request_id=options.request_id or secrets.token_hex(16),
                     prompt_token_ids=prompt.token_ids,
                     sampling=engine_sampling(sampling, model.card, max_tokens),
                     priority=options.priority,

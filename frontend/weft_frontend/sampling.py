@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from weft.engine.v1 import sampling_pb2 as engine
-from weft.engine.v1.model_pb2 import ModelCard, SamplingDefaults
+from weft.engine.v1.model_pb2 import ModelCard
 from weft.inference.v1.sampling_pb2 import SamplingParams
 from weft_frontend.choice import TextOptions
 from weft_frontend.detokenizer import StopStrings
@@ -12,11 +12,10 @@ from weft_frontend.tokenizer import Tokenizer
 
 # The same in both contracts. Stop strings and skip_special_tokens are the frontend's; what is missing is not offered
 # yet, and weft.limits refuses it.
-_SHARED_FIELDS = (
+_SHARED_FIELDS = {
     *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
     *("seed", "min_tokens", "logprobs", "prompt_logprobs"),
-)
-_DEFAULT_FIELDS = tuple(field.name for field in SamplingDefaults.DESCRIPTOR.fields)
+}
 
 
 def num_choices(sampling: SamplingParams) -> int:
@@ -35,12 +34,11 @@ def engine_sampling(sampling: SamplingParams, card: ModelCard, max_tokens: int) 
         allowed_token_ids=sampling.allowed_token_ids,
         logit_bias=sampling.logit_bias,
     )
-    for name in _DEFAULT_FIELDS:
-        if card.default_sampling.HasField(name):
-            setattr(params, name, getattr(card.default_sampling, name))
-    for name in _SHARED_FIELDS:
-        if sampling.HasField(name):
-            setattr(params, name, getattr(sampling, name))
+    for field, value in card.default_sampling.ListFields():
+        setattr(params, field.name, value)
+    for field, value in sampling.ListFields():
+        if field.name in _SHARED_FIELDS:
+            setattr(params, field.name, value)
     if params.n > n and not params.HasField("logprobs"):
         params.logprobs = 0  # the choices are ranked by them
     return params

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import re
-import uuid
+import secrets
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -29,7 +29,7 @@ class Guard:
         if scope["type"] != "http":
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
         scope["state"]["request_id"] = request_id
         scope["app"] = self  # makes Starlette raise its 405 instead of answering it in plain text
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
+import secrets
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -106,7 +106,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         body = error.body()
         head = b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %s\r\nconnection: close\r\n\r\n"
-        self.transport.write(STATUS_LINE[error.status] + head % (len(body), uuid.uuid4().hex.encode()) + body)
+        self.transport.write(STATUS_LINE[error.status] + head % (len(body), secrets.token_hex(16).encode()) + body)
         self.transport.close()
 
 

@@ -48,6 +48,7 @@ class HttpServer:
             log_level="error",  # its warnings are of what clients do
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # nothing here asks for the client's address
             timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=math.ceil(services.config.drain_timeout),
         )
