@@ -8,6 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+SWIZZLED_FLOAT8 = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared

@@ -1,8 +1,8 @@
 """Linear layers with what stands around them: the norm before, and activation and residual sum after.
 
-Few tokens go through kernels that stream the weights: up to 8 through ``mma_linear``, up to 64, with float8 weights
-128, through ``wgmma_linear``, up to 256 through ``wide_linear`` if the weights have 16 bits. More go through the
-library. From 9 tokens on float8 weights are multiplied with tokens rounded to float8.
+Few tokens go through kernels that stream the weights: up to 8 through ``mma_linear``, up to 64 through
+``wgmma_linear``, up to 256 through ``wide_linear``. More go through the library. From 9 tokens on float8 weights are
+multiplied with tokens rounded to float8.
 """
 
 from __future__ import annotations
@@ -75,11 +75,9 @@ def _linear_on_hopper(
         return None
     if (few := wgmma_tile(num_tokens, num_outputs, size, activation, is_float8, sms)) is not None:
         return wgmma_linear(x, weight, bias, weight_scale, norm, residual, activation, few)
-    if is_float8:
-        return None
-    if (some := wide_tile(num_tokens, num_outputs, size, activation, sms)) is not None:
-        return wide_linear(x if norm is None else normalize(x, norm), weight, bias, residual, activation, some)
-    if is_gated and suits_tiles(num_tokens, num_outputs // 2, size, sms):
+    if (some := wide_tile(num_tokens, num_outputs, size, activation, is_float8, sms)) is not None:
+        return wide_linear(x, weight, bias, weight_scale, norm, residual, activation, some)
+    if is_gated and not is_float8 and suits_tiles(num_tokens, num_outputs // 2, size, sms):
         y = silu_matmul(x if norm is None else normalize(x, norm), weight)
         return y if residual is None else residual.add_(y)
     return None

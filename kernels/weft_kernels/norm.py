@@ -88,11 +88,9 @@ def normalize(x: Tensor, norm: Norm) -> Tensor:
     return normed
 
 
-def quantize(x: Tensor, norm: Norm | None, num_rows: int | None = None) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
     """x [T, H], normed first if there is a norm, as values float8_e4m3fn [T, H] times scales float32 [T]: a token's
-    largest magnitude becomes the type's. ``num_rows``, if not T, are those of the values; what lies behind T is not
-    written."""
-    values = x.new_empty((len(x) if num_rows is None else num_rows, x.shape[1]), dtype=FP8)
-    scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    largest magnitude becomes the type's."""
+    values, scales = torch.empty_like(x, dtype=FP8), torch.empty(len(x), dtype=torch.float32, device=x.device)
     _launch(x, norm, values, scales)
     return values, scales

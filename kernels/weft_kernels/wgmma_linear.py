@@ -6,8 +6,7 @@ one of ``NUM_SPLITS`` stretches of K; TMA copies keep ``NUM_STAGES - 1`` tiles o
 the kernel in front has ended. With several stretches, programs leave their sums in ``partials``, wait for each other,
 and add up their shares of the outputs, in the order of the stretches, so that results depend on no race.
 
-A norm has a kernel of its own. Float8 weights are multiplied with tokens of float8, which the same kernel rounds, and
-leaves room behind: a copy from beyond the tensor takes long (8B, all layers, 80 tokens 3.37 ms, with room 2.67).
+A norm has a kernel of its own. Float8 weights are multiplied with tokens of float8, which the same kernel rounds.
 """
 
 from __future__ import annotations
@@ -27,13 +26,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from weft_kernels.gluon_names import SWIZZLED, async_load, barrier, let_next_begin, wait_for_kernel_before
+from weft_kernels.gluon_names import (
+    SWIZZLED,
+    SWIZZLED_FLOAT8,
+    async_load,
+    barrier,
+    let_next_begin,
+    wait_for_kernel_before,
+)
 from weft_kernels.launch import linear_output, num_sms
 from weft_kernels.norm import normalize, quantize
 from weft_kernels.ops import Activation, Norm
 from weft_kernels.split_sums import sum_counters
-
-SWIZZLED_FLOAT8 = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 
 
 class WgmmaTile(NamedTuple):
@@ -195,10 +199,10 @@ def wgmma_linear(
     activation: Activation | None,
     tile: WgmmaTile,
 ) -> Tensor:
-    """``Ops.linear`` of 1 to 64 tokens of 16 bits and weights of the same type, or 1 to 128 and weights of float8;
-    silu_and_mul without a bias."""
+    """``Ops.linear`` of 1 to 64 tokens of 16 bits, and weights of the same type or of float8; silu_and_mul without a
+    bias."""
     (num_tokens, size), num_outputs = x.shape, weight.shape[0]
-    assert 0 < num_tokens <= (64 if weight_scale is None else 128)
+    assert 0 < num_tokens <= 64
     assert size % tile.block_k == 0
     out, width = linear_output(x, weight, residual, activation)
     assert bias is None or activation != "silu_and_mul"
@@ -213,7 +217,7 @@ def wgmma_linear(
         partials = torch.empty(shape, dtype=torch.float32, device=x.device)
     swizzled, x_scale = SWIZZLED, None
     if weight_scale is not None:
-        swizzled, (x, x_scale) = SWIZZLED_FLOAT8, quantize(x, norm, block_t(num_tokens))
+        swizzled, (x, x_scale) = SWIZZLED_FLOAT8, quantize(x, norm)
     elif norm is not None:
         x = normalize(x, norm)
     _wgmma_linear_kernel[(num_blocks, tile.num_splits)](

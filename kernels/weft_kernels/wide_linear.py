@@ -4,9 +4,11 @@ As in ``wgmma_linear`` the product is weights times activations. A tile is ``BLO
 tokens, in two pieces, each a power of two. Where tokens are fewer, a piece begins earlier and leaves out what the one
 before it has: a copy from beyond the tensor takes long (8B, 80 tokens in a box of 128: all layers 5.8 ms for 4.1).
 
-A program on each multiprocessor makes every so-manyth tile. Its warps take roles: a producer copies by TMA, 64 columns
+A program on each multiprocessor makes every so-manyth tile. Its warps take roles: a producer copies by TMA, 128 bytes
 of K a stage, and of two consumers, a warpgroup each, each has a piece of the tokens. Programs with a stretch of K each
 leave their sums in ``partials`` and add up their shares of the tokens (``split_sums``).
+
+A norm has a kernel of its own. Float8 weights are multiplied with tokens of float8, which the same kernel rounds.
 """
 
 from __future__ import annotations
@@ -27,13 +29,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from weft_kernels.gluon_names import SWIZZLED, async_load, let_next_begin, wait_for_kernel_before
+from weft_kernels.gluon_names import SWIZZLED, SWIZZLED_FLOAT8, async_load, let_next_begin, wait_for_kernel_before
 from weft_kernels.launch import linear_output, num_sms
 from weft_kernels.linear_epilogue import finish
-from weft_kernels.ops import Activation
+from weft_kernels.norm import normalize, quantize
+from weft_kernels.ops import Activation, Norm
 from weft_kernels.split_sums import share_sums, sum_counters
 
-BLOCK_K = gl.constexpr(64)
+LINE = gl.constexpr(128)  # bytes of K a stage
 
 
 class WideTile(NamedTuple):
@@ -80,7 +83,8 @@ def _produce(  # type: ignore[no-untyped-def]
     STAGES: gl.constexpr = weights.shape[0]
     P0: gl.constexpr = x0.block_shape[0]
     P1: gl.constexpr = x1.block_shape[0]
-    BYTES: gl.constexpr = (weights.shape[1] + P0 + P1) * BLOCK_K * 2
+    BLOCK_K: gl.constexpr = weights.shape[2]
+    BYTES: gl.constexpr = (weights.shape[1] + P0 + P1) * LINE
     block, steps, _, _ = _place(gl.program_id(0), num_tokens, shape, SPLITS, P0, P1)
     ahead = gl.minimum(steps[1] - steps[0], STAGES)
     for i in range(ahead):
@@ -103,9 +107,10 @@ def _produce(  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _consume(
-    tensors: gl.tuple, sums: gl.tuple, sizes: gl.tuple, ring: gl.tuple, ACTIVATION: gl.constexpr, SPLITS: gl.constexpr,
-    CONSUMER: gl.constexpr,
+    tensors: gl.tuple, scales: gl.tuple, sums: gl.tuple, sizes: gl.tuple, ring: gl.tuple, ACTIVATION: gl.constexpr,
+    SPLITS: gl.constexpr, CONSUMER: gl.constexpr,
 ) -> None:  # fmt: skip
+    weight_scale, x_scale = scales
     num_tokens, width, num_items, shape = sizes
     weights, inputs0, inputs1, full, empty = ring
     inputs = inputs1 if CONSUMER else inputs0
@@ -115,13 +120,19 @@ def _consume(
     P0: gl.constexpr = inputs0.shape[1]
     P1: gl.constexpr = inputs1.shape[1]
     OWNED: gl.constexpr = N // 2 if ACTIVATION == "silu_and_mul" else N
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, P, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, P, 256 // weights.dtype.primitive_bitwidth]
+    )
     wait_for_kernel_before()
     step = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         block, steps, piece0, piece1 = _place(item, num_tokens, shape, SPLITS, P0, P1)
         token, own = piece1 if CONSUMER else piece0
         acc = gl.zeros([N, P], gl.float32, layout)
+        if weight_scale is not None:
+            row = gl.arange(0, N, layout=gl.SliceLayout(1, layout))
+            rows = gl.minimum(block * OWNED + row % OWNED, width - 1) + row // OWNED * width
+            row_scales = gl.load(weight_scale + rows)
         for k in range(steps[0], steps[1]):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), step // STAGES & 1)
@@ -129,8 +140,12 @@ def _consume(
             acc = warpgroup_mma_wait(1, [acc])  # the product before has left its stage
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > steps[0])
             step += 1
+        if weight_scale is not None:
+            token_scales = gl.load(x_scale + token + gl.arange(0, P, layout=gl.SliceLayout(0, layout)))
         acc = warpgroup_mma_wait(0, [acc])
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+        if weight_scale is not None:
+            acc *= row_scales[:, None] * token_scales[None, :]
         if SPLITS > 1:
             partials, counters = sums
             split = item % SPLITS
@@ -145,6 +160,8 @@ def _wide_linear_kernel(  # type: ignore[no-untyped-def]
     weight: tma.tensor_descriptor,  # [N, K]
     x0: tma.tensor_descriptor,  # [T, K], a box of the first piece
     x1: tma.tensor_descriptor,  # of the second
+    weight_scale,  # float32 [N] for float8 weights, or None
+    x_scale,  # float32 [T] for float8 weights, or None
     bias,  # [N] or None
     residual,  # [T, N] or None
     out,  # [T, N], or [T, N / 2] for silu_and_mul; may be the residual
@@ -161,6 +178,7 @@ def _wide_linear_kernel(  # type: ignore[no-untyped-def]
 ) -> None:
     P0: gl.constexpr = x0.block_shape[0]
     P1: gl.constexpr = x1.block_shape[0]
+    BLOCK_K: gl.constexpr = weight.block_shape[1]
     let_next_begin()
     weights = gl.allocate_shared_memory(weight.dtype, [NUM_STAGES, BLOCK_N, BLOCK_K], weight.layout)
     inputs0 = gl.allocate_shared_memory(weight.dtype, [NUM_STAGES, P0, BLOCK_K], x0.layout)
@@ -175,10 +193,11 @@ def _wide_linear_kernel(  # type: ignore[no-untyped-def]
     num_items = num_blocks * gl.cdiv(num_tokens, P0 + P1) * SPLITS
     sizes = (num_tokens, width, num_items, (gl.cdiv(num_columns, BLOCK_K), num_blocks))
     tensors, ring, sums = (bias, residual, out), (weights, inputs0, inputs1, full, empty), (partials, counters)
+    scales = (weight_scale, x_scale)
     gl.warp_specialize(
         [
-            (_consume, (tensors, sums, sizes, ring, ACTIVATION, SPLITS, 0)),
-            (_consume, (tensors, sums, sizes, ring, ACTIVATION, SPLITS, 1)),
+            (_consume, (tensors, scales, sums, sizes, ring, ACTIVATION, SPLITS, 0)),
+            (_consume, (tensors, scales, sums, sizes, ring, ACTIVATION, SPLITS, 1)),
             (_produce, (weight, x0, x1, sizes, ring, SPLITS)),
         ],
         [4, 1],  # warps, and below registers of a thread, of the second consumer and the producer
@@ -190,13 +209,17 @@ def wide_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    weight_scale: Tensor | None,
+    norm: Norm | None,
     residual: Tensor | None,
     activation: Activation | None,
     tile: WideTile,
 ) -> Tensor:
-    """``Ops.linear`` without its norm, of at least the tokens of a piece and weights of 16 bits, K a multiple of 8;
-    silu_and_mul without a bias."""
+    """``Ops.linear`` of 16 bits and of at least the tokens of a piece, and weights of the same type or of float8, K a
+    multiple of 16 bytes; silu_and_mul without a bias."""
     num_tokens, size = x.shape
+    block_k = LINE.value // weight.element_size()
+    assert size * weight.element_size() % 16 == 0
     assert num_tokens >= max(tile.first, tile.second)
     out, width = linear_output(x, weight, residual, activation)
     assert bias is None or activation != "silu_and_mul"
@@ -208,11 +231,18 @@ def wide_linear(
         assert num_tiles * tile.num_splits <= num_sms(x.device)
         shape = (num_tiles, tile.num_splits * tile.block_n * (tile.first + tile.second))
         partials = torch.empty(shape, dtype=torch.float32, device=x.device)
+    swizzled, x_scale = SWIZZLED, None
+    if weight_scale is not None:
+        swizzled, (x, x_scale) = SWIZZLED_FLOAT8, quantize(x, norm)
+    elif norm is not None:
+        x = normalize(x, norm)
     num_rounds = triton.cdiv(num_tiles * tile.num_splits, num_sms(x.device))
     _wide_linear_kernel[(triton.cdiv(num_tiles * tile.num_splits, num_rounds),)](
-        TensorDescriptor.from_tensor(weight, [owned, BLOCK_K.value], SWIZZLED),
-        TensorDescriptor.from_tensor(x, [tile.first, BLOCK_K.value], SWIZZLED),
-        TensorDescriptor.from_tensor(x, [tile.second, BLOCK_K.value], SWIZZLED),
+        TensorDescriptor.from_tensor(weight, [owned, block_k], swizzled),
+        TensorDescriptor.from_tensor(x, [tile.first, block_k], swizzled),
+        TensorDescriptor.from_tensor(x, [tile.second, block_k], swizzled),
+        weight_scale,
+        x_scale,
         bias,
         residual,
         out,

@@ -18,7 +18,7 @@ SIZES = [64, 128, 192, 768, 896, 1024, 2048, 4096, 11008, 13824, 14336]
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("is_float8", [False, True])
 def test_tiles_of_some_tokens_fit(size: int, activation: Activation | None, is_float8: bool, num_sms: int) -> None:
-    for num_tokens in (1, 16, 17, 64, *((65, 128) if is_float8 else ())):
+    for num_tokens in (1, 16, 17, 64):
         for num_outputs in (48, 64, 576, 1024, 2304, 4096, 5120, 28672, 151936):
             tile = wgmma_tile(num_tokens, num_outputs, size, activation, is_float8, num_sms)
             if is_float8 and size % 128:
@@ -36,11 +36,16 @@ def test_tiles_of_some_tokens_fit(size: int, activation: Activation | None, is_f
 @pytest.mark.parametrize("num_sms", [78, 114, 132])
 @pytest.mark.parametrize("size", [*SIZES, 40])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_wide_tiles_fit(size: int, activation: Activation | None, num_sms: int) -> None:
+@pytest.mark.parametrize("is_float8", [False, True])
+def test_wide_tiles_fit(size: int, activation: Activation | None, is_float8: bool, num_sms: int) -> None:
     for num_tokens in (65, 80, 96, 97, 128, 129, 144, 160, 192, 193, 224, 256):
         for num_outputs in (48, 64, 576, 1024, 2304, 4096, 6144, 28672, 151936):
-            tile = wide_tile(num_tokens, num_outputs, size, activation, num_sms)
+            tile = wide_tile(num_tokens, num_outputs, size, activation, is_float8, num_sms)
+            if is_float8 and size % 16:
+                assert tile is None
+                continue
             if tile is None:
+                assert not is_float8
                 assert num_tokens > 128
                 assert size >= 4096
                 continue
@@ -50,7 +55,7 @@ def test_wide_tiles_fit(size: int, activation: Activation | None, num_sms: int) 
             assert tile.second >= 8 * tile.num_splits
             assert tile.num_stages > 3
             # What the stages leave is for barriers and changes of layout.
-            assert tile.num_stages * 2 * 64 * (tile.block_n + tokens) <= SHARED_BYTES - 9 * 1024
+            assert tile.num_stages * 128 * (tile.block_n + tokens) <= SHARED_BYTES - 9 * 1024
             num_programs = -(-num_outputs // tile.block_n) * num_blocks * tile.num_splits
             assert tile.num_splits == 1 or num_programs <= num_sms
             assert activation is None or (tile.block_n, tile.num_splits) == (128, 1)
@@ -74,9 +79,11 @@ def test_other_sizes_go_another_way() -> None:
     assert wgmma_tile(65, 4096, 4096, None, False, 132) is None
     assert wgmma_tile(64, 4096, 96, None, False, 132) is None
     assert wgmma_tile(64, 4096, 192, None, True, 132) is None
-    assert wgmma_tile(129, 4096, 4096, None, True, 132) is None
-    assert wide_tile(64, 4096, 4096, None, 132) is None
-    assert wide_tile(225, 4096, 4096, None, 132) is None
-    assert wide_tile(257, 1024, 1024, None, 132) is None
-    assert wide_tile(192, 5120, 5120, None, 132) is None
-    assert wide_tile(100, 4096, 4100, None, 132) is None
+    assert wgmma_tile(65, 4096, 4096, None, True, 132) is None
+    assert wide_tile(64, 4096, 4096, None, False, 132) is None
+    assert wide_tile(225, 4096, 4096, None, False, 132) is None
+    assert wide_tile(257, 1024, 1024, None, False, 132) is None
+    assert wide_tile(257, 4096, 4096, None, True, 132) is None
+    assert wide_tile(192, 5120, 5120, None, False, 132) is None
+    assert wide_tile(100, 4096, 4100, None, False, 132) is None
+    assert wide_tile(100, 4096, 4104, None, True, 132) is None
