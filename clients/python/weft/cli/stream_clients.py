@@ -102,9 +102,9 @@ class _GrpcClient:
         path, serialize, deserialize = call.wire
         try:
             channel = self._channel or await self._connect()
+            method: Any = channel.unary_stream(path, serialize, None)
             begin, first, last_message = time.perf_counter(), 0.0, b""
-            stream: Any = channel.unary_stream(path, serialize, None)(call.request, metadata=self._metadata)
-            async for last_message in stream:  # noqa: B007
+            async for last_message in method(call.request, metadata=self._metadata):  # noqa: B007
                 first = first or time.perf_counter()
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
