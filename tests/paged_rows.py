@@ -34,7 +34,7 @@ class Rows:
     def step(self, work: list[tuple[int, list[int]]]) -> list[Tensor]:
         """Compute (row, token ids) pairs, those of one token as decode rows; returns each one's logits [T, V]."""
         work = sorted(work, key=lambda item: len(item[1]) > 1)
-        hidden = self.model(*self.lay_out(work), self.cache)
+        hidden = self.model(*self.lay_out(work), self.cache, None)
         logits = torch.split(self.model.logits(hidden).float(), [len(ids) for _, ids in work])
         by_row = dict(zip([row for row, _ in work], logits, strict=True))
         return [by_row[row] for row in sorted(by_row)]

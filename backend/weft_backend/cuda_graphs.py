@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,7 +44,8 @@ class StepShape:
 _BESIDE = 32
 _SMALL = 1024  # tokens: more launch no other kernels than the largest step
 
-Forward = Callable[[StepShape], Tensor]  # hidden states, which go where Sample finds them
+Forward = Callable[[StepShape], object]  # hidden states go where Sample finds them
+Result = TypeVar("Result")
 Sample = Callable[[int], Tensor]  # of the first so many rows that sample: int32 [2, S]
 
 
@@ -108,13 +109,15 @@ class StepGraphs:
         self._forwards = {shape: _capture(partial(forward, shape), pool)[0] for shape in shapes}
         self._samples = {size: _capture(partial(sample, size), pool) for size in reversed(self._decode_sizes)}
 
-    def forward(self, plan: StepPlan) -> None:
-        """Replay the forward pass."""
+    def shape_of(self, plan: StepPlan) -> StepShape:
+        """Of the graph that has room for the plan."""
         num_tokens = plan.num_tokens
         if num_tokens == plan.num_decode_rows:
-            shape = decode_shape(_at_least(num_tokens, self._decode_sizes))
-        else:
-            shape = mixed_shape(_at_least(num_tokens, self._mixed_sizes), self._max_num_seqs)
+            return decode_shape(_at_least(num_tokens, self._decode_sizes))
+        return mixed_shape(_at_least(num_tokens, self._mixed_sizes), self._max_num_seqs)
+
+    def forward(self, shape: StepShape) -> None:
+        """Replay the forward pass."""
         self._forwards[shape].replay()
 
     def sample(self, num_samples: int) -> Tensor:
@@ -128,8 +131,8 @@ def _at_least(number: int, sizes: list[int]) -> int:
     return next(size for size in sizes if size >= number)
 
 
-def _capture(function: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """A graph of the function, and the tensor that holds its result after each replay."""
+def _capture(function: Callable[[], Result], pool: Any) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """A graph of the function, and its result, of which tensors hold what each replay gives."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         result = function()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weft_backend.batch_state import BatchState
-from weft_backend.cuda_graphs import StepGraphs, StepShape
+from weft_backend.cuda_graphs import StepGraphs, StepShape, mixed_shape
 from weft_backend.kv_cache import KVCache, KVCachePlan, PageShape, num_host_pages, plan_for_cpu, plan_for_cuda
 from weft_backend.largest_step import largest_step
 from weft_backend.layers import SINGLE, TensorParallel
@@ -152,14 +152,15 @@ class ModelRunner:
         """Queue a step; on a GPU it returns before the step is done, and never waits."""
         self._cache.apply(plan.page_moves, self._uploader, self._ops)
         samples, buffer = self._load(plan)
+        shape = StepShape.of(plan) if self._graphs is None else self._graphs.shape_of(plan)
         prompt_logprobs: list[_Scores] = []
         if chunks := plan.scored_chunks():
-            hidden = self._forward(StepShape.of(plan), of_all=True)
+            hidden = self._forward(shape, of_all=True)
             prompt_logprobs = self._score_prompts(plan, chunks, hidden)
         elif self._graphs is None:
-            self._forward(StepShape.of(plan))
+            self._forward(shape)
         else:
-            self._graphs.forward(plan)
+            self._graphs.forward(shape)
         self._extras.start_rows(plan.new_rows, self._uploader)  # the device is at work by now
         results, logprobs = self._sample_rows(samples) if len(samples.indices) else (None, None)
         return self._download(plan, samples, buffer, results, logprobs, prompt_logprobs)
@@ -304,4 +305,7 @@ class ModelRunner:
     @torch.inference_mode()
     def _capture(self, max_num_batched_tokens: int) -> StepGraphs:
         self._inputs.clear()  # the profiling run had more tokens than the steps to capture
-        return StepGraphs(self._forward, self._sample, self._max_num_seqs, max_num_batched_tokens)
+        graphs = StepGraphs(self._forward, self._sample, self._max_num_seqs, max_num_batched_tokens)
+        # A step that scores a prompt is in no graph: what it takes beside them must be there.
+        self._forward(mixed_shape(max_num_batched_tokens, self._max_num_seqs), of_all=True)
+        return graphs

@@ -55,7 +55,7 @@ class _Rehearsal(ModelRunner):
         ops = vars(self._ops)
         self._ops = cast(Ops, SimpleNamespace(**ops | {name: _zeroed(ops[name]) for name in ("lay_out", "sample")}))
         for shape in graph_shapes(self._max_num_seqs, max_num_batched_tokens):
-            self._forward(shape, of_all=True)  # for the tokens that sample alone, decode steps launch the same
+            self._forward(shape, of_all=True)  # as steps do that score a prompt; others launch no kernels but these
         for num_samples in decode_sizes(self._max_num_seqs):
             self._sample(num_samples)
         num_tokens = self._max_num_seqs  # one a row will do

@@ -81,8 +81,6 @@ class StepPlan:
         A prompt is scored once, by its first choice: another that could not fork from it computes the prompt again.
         """
         chunks: list[ScoredChunk] = []
-        if self.num_decode_rows == len(self.rows):
-            return chunks
         starts = self.query_lens.cumsum() - self.query_lens
         for index in range(self.num_decode_rows, len(self.rows)):
             request, choice = self.sequences[index].request, self.sequences[index].choice

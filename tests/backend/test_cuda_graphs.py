@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weft_backend import model_runner
-from weft_backend.cuda_graphs import StepGraphs, decode_sizes, mixed_sizes
+from weft_backend.cuda_graphs import StepGraphs, StepShape, decode_sizes, mixed_sizes
 from weft_backend.kv_cache import PageShape
 from weft_backend.model_runner import ModelRunner
 from weft_backend.scheduler import Scheduler
 from weft_backend.sequence import Request
+from weft_backend.step import StepResult
 from weft_kernels import BatchLayout, RowTables, SamplingTable, reference
 
 VOCAB_SIZE = 97
@@ -167,16 +168,30 @@ def test_rows_that_ask_for_more_are_sampled_outside_of_the_graph(graphed: ModelR
     assert generated(stopped) == expected([4, 8], 3)
 
 
-def test_prompts_are_scored_outside_of_the_graphs(graphed: ModelRunner) -> None:
-    plain = make_request([4, 8] * 6, max_tokens=6)
-    scored = make_request([4, 8] * 4, max_tokens=6, prompt_logprobs=1)
-    run(graphed, [plain, scored])
-    assert [generated(plain), generated(scored)] == [expected([4, 8] * 6, 6), expected([4, 8] * 4, 6)]
+def test_prompts_are_scored_outside_of_the_graphs(graphed: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    replayed: list[StepShape] = []
+    monkeypatch.setattr(graphed._graphs, "forward", replayed.append)
+
+    def first_step(runner: ModelRunner) -> StepResult:
+        scheduler = Scheduler(32, PAGE_SIZE, 7, 64, runner.max_model_len, enable_prefix_caching=False)
+        scheduler.add(make_request([4, 8] * 3, max_tokens=2))
+        scheduler.add(make_request([4, 8] * 2, max_tokens=2, prompt_logprobs=1))
+        plan = scheduler.schedule()
+        assert plan is not None
+        return runner.collect(runner.launch(plan))
+
+    result, eager = first_step(graphed), first_step(make_runner(enforce_eager=True))
+    assert not replayed
+    assert result.token_ids.tolist() == eager.token_ids.tolist() == [expected([4, 8] * n, 1)[0] for n in (3, 2)]
+    (scores,), (eager_scores,) = result.prompt_logprobs.values(), eager.prompt_logprobs.values()
+    assert scores.token_logprobs.tolist() == eager_scores.token_logprobs.tolist()
+    assert len(scores.token_logprobs) == 3
 
 
 def test_bucket_sizes_end_at_the_largest_step() -> None:
     assert decode_sizes(1) == [1]
     assert decode_sizes(6) == [1, 2, 4, 6]
+    assert decode_sizes(64) == [1, 2, 4, 8, 16, 32, 64]
     assert decode_sizes(256)[-3:] == [224, 240, 256]
     assert decode_sizes(300)[-2:] == [288, 300]
     assert mixed_sizes(20) == [16, 20]

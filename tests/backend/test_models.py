@@ -86,7 +86,7 @@ def test_wanted_tokens_alone(config: ModelConfig, model: Model) -> None:
     rows = Rows(model, config, 2)
     token_ids, layout = rows.lay_out([(0, prompt(21, seed=6)), (1, prompt(5, seed=7))])
     wanted = torch.tensor([20, 25, 3, 20], dtype=torch.int32)
-    hidden, cache = model(token_ids, layout, rows.cache), rows.cache.clone()
+    hidden, cache = model(token_ids, layout, rows.cache, None), rows.cache.clone()
     rows.cache.fill_(float("nan"))
     assert distance(model(token_ids, layout, rows.cache, wanted), hidden[wanted]) < TOLERANCE
     assert torch.equal(rows.cache.nan_to_num(-1), cache.nan_to_num(-1))  # it has the keys and values of all tokens

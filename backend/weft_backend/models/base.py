@@ -50,7 +50,7 @@ class Model(nn.Module):
             decoder.embed_tokens if self.is_tied else VocabParallelEmbedding(config.vocab_size, config.embed_size, tp)
         )
 
-    def forward(self, token_ids: Tensor, layout: BatchLayout, kv_cache: Tensor, wanted: Tensor | None = None) -> Tensor:
+    def forward(self, token_ids: Tensor, layout: BatchLayout, kv_cache: Tensor, wanted: Tensor | None) -> Tensor:
         """Hidden states, ready for ``logits``, of token ids int64 [T]: of all [T, H], or of the ``wanted`` tokens
         [S, H], int32 [S].
 
