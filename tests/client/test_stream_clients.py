@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 import pytest
 
-from weft.cli.stream_clients import Ask, Service, make_client
+from weft.cli.stream_clients import Ask, Service, Timing, make_client
 from weft.errors import WeftError
 
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -18,9 +20,9 @@ WHOLE = HEAD + TEXT + END
 
 
 class Server:
-    """Gives its answers in turn and keeps the connections open, but where an answer is empty."""
+    """Gives its answers in turn, each in one piece or in several apart; ends the connection behind an empty one."""
 
-    def __init__(self, *answers: bytes) -> None:
+    def __init__(self, *answers: bytes | list[bytes]) -> None:
         self.num_connections = 0
         self._answers = iter(answers)
 
@@ -38,9 +40,13 @@ class Server:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
                 await reader.readexactly(int(head.partition(b"Content-Length: ")[2].split()[0]))
-                if not (answer := next(self._answers)):
-                    break
-                writer.write(answer)
+                answer = next(self._answers)
+                for piece in [answer] if isinstance(answer, bytes) else answer:
+                    if not piece:
+                        writer.close()
+                        return
+                    writer.write(piece)
+                    await asyncio.sleep(0.01)
         writer.close()
 
 
@@ -54,19 +60,71 @@ async def test_one_connection_carries_all_requests() -> None:
     assert server.num_connections == 1
 
 
-async def test_a_refused_request_says_why_and_the_next_one_is_sent() -> None:
+async def test_what_ends_an_answer_is_not_taken_for_the_next_one() -> None:
+    server = Server([HEAD, TEXT, END[:-5], END[-5:]], [WHOLE[:9], WHOLE[9:]], WHOLE)
+    async with server.client() as ask:
+        for _ in range(3):
+            assert (await ask("a")).num_tokens == 2
+    assert server.num_connections == 1
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+async def test_a_refused_request_says_why_and_the_next_one_is_sent(pieces: int) -> None:
+    head = b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 32\r\n\r\n"
     body = b'{"error":{"message":"too much"}}'
-    refusal = b"HTTP/1.1 429 Too Many Requests\r\ncontent-length: %d\r\n\r\n" % len(body) + body
-    async with Server(refusal, WHOLE).client() as ask:
-        with pytest.raises(WeftError, match=r"(?s)^HTTP/1.1 429 Too Many Requests: .*too much"):
+    refusal = [head + body] if pieces == 1 else [head, body]
+    server = Server(refusal, WHOLE)
+    async with server.client() as ask:
+        with pytest.raises(WeftError, match=r"^HTTP/1.1 429 Too Many Requests: .*too much"):
             await ask("a")
         assert (await ask("a")).num_tokens == 2
+    assert server.num_connections == 1
 
 
 async def test_a_connection_that_ends_is_opened_again() -> None:
-    server = Server(b"", WHOLE)
+    server = Server(b"", [HEAD + TEXT, b""], WHOLE)
     async with server.client() as ask:
-        with pytest.raises(WeftError):
+        with pytest.raises(WeftError, match="no answer"):
+            await ask("a")
+        with pytest.raises(WeftError, match=r"HTTP/1.1 200 OK: the stream broke off"):
             await ask("a")
         assert (await ask("a")).num_tokens == 2
+    assert server.num_connections == 3
+
+
+async def test_a_connection_that_the_server_says_to_close_is_not_used_again() -> None:
+    server = Server(*[[WHOLE.replace(b"transfer-encoding", b"Connection: close\r\ntransfer-encoding")]] * 2)
+    async with server.client() as ask:
+        for _ in range(2):
+            assert (await ask("a")).num_tokens == 2
     assert server.num_connections == 2
+
+
+def test_a_connection_that_was_closed_while_nobody_looked_is_not_used_again() -> None:
+    asked, closed = threading.Event(), threading.Event()
+
+    def serve() -> None:
+        for _ in range(3):
+            connection, _ = listener.accept()
+            with connection, connection.makefile("rb") as request:
+                length = next(int(line.split()[1]) for line in request if line.startswith(b"Content-Length"))
+                while request.readline() != b"\r\n":
+                    pass
+                request.read(length)
+                connection.sendall(WHOLE)
+                assert asked.wait(5)
+                asked.clear()
+            closed.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, asyncio.Runner() as runner:
+        threading.Thread(target=serve, daemon=True).start()
+        ask = make_client(Service("", f"http://127.0.0.1:{listener.getsockname()[1]}", None, ""), max_tokens=2)
+
+        async def once() -> Timing:
+            return await ask("a")
+
+        for _ in range(3):
+            assert runner.run(once()).num_tokens == 2
+            asked.set()
+            assert closed.wait(5)
+            closed.clear()

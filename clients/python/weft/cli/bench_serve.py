@@ -37,7 +37,7 @@ _PROGRESS_SECONDS = 0.2
 # Of a process that takes part:
 _num_ended: Synchronized[int]  # requests of all such processes
 _runner: asyncio.Runner
-_clients: list[Ask]  # connected from the warm-up on
+_clients: list[Ask]  # each keeps its connection from its first request on
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from weft.errors import WeftError, from_rpc_error, unreachable
 from weft.sampling_params import SamplingParams
 from weft.transport import CHANNEL_OPTIONS
 
-_KEPT_BYTES = 4096  # of an answer's begin and end
+_KEPT_BYTES = 4096  # of an answer's end
 _CHANNEL_OPTIONS = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
 
 
@@ -128,60 +128,99 @@ class _HttpClient(asyncio.Protocol):
         self._service = service
         self._max_tokens = max_tokens
         self._transport: asyncio.Transport | None = None
-        self._head = self._tail = b""
-        self._first = 0.0
-        self._ended: asyncio.Future[float] | None = None
+        self._answer: _Answer | None = None
 
     async def ask(self, prompt: str) -> Timing:
         request = _http_request(self._service, prompt, self._max_tokens)
-        transport = self._transport or await self._connect()
-        self._head = self._tail = b""
-        self._first = 0.0
-        self._ended = asyncio.get_running_loop().create_future()
+        transport = await self._open_transport() or await self._connect()
+        answer = self._answer = _Answer(asyncio.get_running_loop().create_future())
         begin = time.perf_counter()
         transport.write(request)
-        last = await self._ended
-        return Timing(begin, self._first, last, self._count("prompt_tokens"), self._count("completion_tokens"))
+        await answer.ended
+        if answer.says_close:
+            transport.close()
+        if not (answer.first and answer.last):
+            raise WeftError(answer.failure)
+        return Timing(
+            begin, answer.first, answer.last, answer.count("prompt_tokens"), answer.count("completion_tokens")
+        )
+
+    async def _open_transport(self) -> asyncio.Transport | None:
+        """That of the request before, if the server has not closed it since; until now nobody may have looked."""
+        for _ in range(2):
+            await asyncio.sleep(0)
+        while self._transport is not None and self._transport.is_closing():
+            self._transport.abort()
+            await asyncio.sleep(0)
+        return self._transport
 
     async def _connect(self) -> asyncio.Transport:
         address = urlsplit(self._service.url or "")
         is_tls = address.scheme == "https"
         port = address.port or (443 if is_tls else 80)
         try:
-            transport, _ = await asyncio.get_running_loop().create_connection(
+            self._transport, _ = await asyncio.get_running_loop().create_connection(
                 lambda: self, address.hostname or "", port, ssl=is_tls or None
             )
         except OSError as error:
             raise WeftError(f"cannot connect to {address.netloc}: {error.strerror}") from error
-        return transport
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        return self._transport
 
     def data_received(self, data: bytes) -> None:
-        now = time.perf_counter()
-        self._tail = (self._tail + data)[-_KEPT_BYTES:]
-        if not self._first:
-            self._head = (self._head + data)[:_KEPT_BYTES]
-            self._first = now if b"\ndata: {" in self._head else 0.0
-            if b"\r\n\r\n" in self._head and not self._is_accepted and self._transport is not None:
-                self._transport.close()  # an error comes in one piece, and with no end that is its own
-        if self._ended is not None and not self._ended.done() and b"\ndata: [DONE]" in self._tail:
-            self._ended.set_result(now)
+        if self._answer is not None:
+            self._answer.add(data, time.perf_counter())
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        if self._ended is not None and not self._ended.done():
-            status = self._head.partition(b"\r\n")[0].decode(errors="replace")
-            rest = "the stream broke off" if self._is_accepted else self._tail.decode(errors="replace")[-500:]
-            self._ended.set_exception(WeftError(f"{status}: {rest}"))
+        if self._answer is not None:
+            self._answer.end(exc)
+
+
+class _Answer:
+    """An answer over HTTP as it comes: events in chunks, or a refusal of so many bytes."""
+
+    def __init__(self, ended: asyncio.Future[None]) -> None:
+        self.ended = ended
+        self.first = self.last = 0.0  # when its first event and its last, [DONE], were there
+        self._head, self._has_head = b"", False
+        self._num_bytes = 0  # behind the head
+        self._tail = b""
+        self._error = ""
+
+    def add(self, data: bytes, now: float) -> None:
+        """Take in what has come."""
+        if not self._has_head:
+            self._head, blank, data = (self._head + data).partition(b"\r\n\r\n")
+            self._has_head = bool(blank)
+        self._num_bytes += len(data)
+        self._tail = (self._tail + data)[-_KEPT_BYTES:]
+        if not self.first and b"data: {" in self._tail:
+            self.first = now
+        if not self.last and b"\ndata: [DONE]" in self._tail:
+            self.last = now
+        length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", self._head)
+        if self._num_bytes >= int(length[1]) if length else self._tail.endswith(b"\r\n0\r\n\r\n"):
+            self.end()
+
+    def end(self, error: Exception | None = None) -> None:
+        """Nothing more will come."""
+        self._error = "" if error is None else f" ({error})"
+        if not self.ended.done():
+            self.ended.set_result(None)
 
     @property
-    def _is_accepted(self) -> bool:
-        return b" 200 " in self._head.partition(b"\r\n")[0]
+    def says_close(self) -> bool:
+        """Whether the server ends the connection with it."""
+        return re.search(rb"(?i)\r\nconnection: *close", self._head) is not None
 
-    def _count(self, name: str) -> int:
+    @property
+    def failure(self) -> str:
+        """What to say of one that was no whole stream."""
+        status = self._head.partition(b"\r\n")[0].decode(errors="replace")
+        rest = self._tail.decode(errors="replace")[-500:]
+        return f"{status or 'no answer'}: {'the stream broke off' if ' 200 ' in status else rest}{self._error}"
+
+    def count(self, name: str) -> int:
         """A number of the usage that came last; 0 if there was none."""
         found = re.findall(rf'"{name}":\s*(\d+)'.encode(), self._tail)
         return int(found[-1]) if found else 0
