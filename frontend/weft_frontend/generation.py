@@ -102,8 +102,7 @@ class Generation:
         refuse_tool_calls(request)
         _check_asks_for_something(request.sampling, request.echo)
         router.admit(model.backends, name, estimate_chat(request))
-        trust = self._config.trust_request_chat_template
-        prompt = await encode_chat(request, model, trust_template=trust, alone=self._models.is_idle)
+        prompt = await encode_chat(request, model, trust_template=self._config.trust_request_chat_template)
         with request_errors():
             limits.check_prompt_len(len(prompt.token_ids), model.card, "messages")
         return await self._submit(name, model, [prompt], request, None, stream, deadline)

@@ -74,14 +74,9 @@ async def encode_prompts(request: pb.GenerateRequest, model: ServedModel, *, alo
 
 
 async def encode_chat(
-    request: pb.ChatRequest,
-    model: ServedModel,
-    *,
-    trust_template: bool,
-    add_special_tokens: bool = False,
-    alone: bool = False,
+    request: pb.ChatRequest, model: ServedModel, *, trust_template: bool, add_special_tokens: bool = False
 ) -> Prompt:
-    """The prompt of a checked conversation. Raises InvalidRequest if it cannot be rendered. ``alone``: as above."""
+    """The prompt of a checked conversation. Raises InvalidRequest if it cannot be rendered."""
     if request.chat_template:
         if not trust_template:
             message = "chat_template: the operator does not allow templates in requests"
@@ -92,7 +87,7 @@ async def encode_chat(
     max_chars = model.card.max_model_len * text_limits.MAX_CHARS_PER_TOKEN
     args = (request, template, model.text.control_tokens, max_chars)
     pieces = render_prompt(*args) if _is_quick(request) else await asyncio.to_thread(render_prompt, *args)
-    token_ids = await model.text.tokenizer.encode_pieces(pieces, add_special_tokens=add_special_tokens, alone=alone)
+    token_ids = await model.text.tokenizer.encode_pieces(pieces, add_special_tokens=add_special_tokens)
     return Prompt(token_ids, "messages", request.messages[-1].content if request.echo else "")
 
 

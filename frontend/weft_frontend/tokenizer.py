@@ -83,11 +83,9 @@ class Tokenizer:
         encoded = await self._encode_plain(texts, alone)
         return [self._prefix + ids + self._suffix for ids in encoded] if add_special_tokens else encoded
 
-    async def encode_pieces(
-        self, pieces: Sequence[str], *, add_special_tokens: bool = False, alone: bool = False
-    ) -> list[int]:
-        """The ids of a text given in pieces; no token crosses from one into the next. ``alone``: as above."""
-        ids = [token_id for piece in await self._encode_plain(pieces, alone) for token_id in piece]
+    async def encode_pieces(self, pieces: Sequence[str], *, add_special_tokens: bool = False) -> list[int]:
+        """The ids of a text given in pieces; no token crosses from one piece into the next."""
+        ids = [token_id for piece in await self._encode_plain(pieces) for token_id in piece]
         return self._prefix + ids + self._suffix if add_special_tokens else ids
 
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
@@ -100,7 +98,7 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    async def _encode_plain(self, texts: Sequence[str], alone: bool) -> list[list[int]]:
+    async def _encode_plain(self, texts: Sequence[str], alone: bool = False) -> list[list[int]]:
         if sum(map(len, texts)) <= (INLINE_CHARS_ALONE if alone else INLINE_CHARS):
             return self._encode_now(texts)
         return await asyncio.to_thread(self._encode_now, texts)

@@ -172,15 +172,6 @@ async def test_an_expired_deadline_is_never_admitted(served: Served) -> None:
     assert not served.fake.requests
 
 
-async def test_metadata_comes_before_the_first_token(served: Served) -> None:
-    served.fake.stalled = True
-    call = served.stub.StreamGenerate(pb.StreamGenerateRequest(request=generate_request()))
-    async with asyncio.timeout(5):
-        await call.initial_metadata()
-    assert not call.done()
-    call.cancel()
-
-
 @pytest.mark.parametrize("delay", [0.0, 0.02, 0.2])
 async def test_cancelling_frees_the_request(served: Served, delay: float) -> None:
     request = pb.StreamGenerateRequest(request=generate_request(max_tokens=4000, ignore_eos=True))

@@ -106,8 +106,6 @@ class InferenceService:
         num_open = stream.num_choices
         self._pacer.num_streams += 1
         try:
-            # While the prompt is computed: a client in Python has to wake up twice for metadata and a first message.
-            await context.send_initial_metadata(())
             while num_open:
                 deltas = await stream.next()
                 assert deltas is not None, "a stream ended before its choices"

@@ -57,24 +57,17 @@ class GenerationFields(Body):
     adapter: str | None = None
     request_id: str | None = None
 
-    _SCALARS: ClassVar[set[str]] = {
+    # The same in the contract.
+    _SHARED: ClassVar[set[str]] = {
         *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
         *("seed", "n", "best_of", "use_beam_search", "length_penalty", "early_stopping", "include_stop_str_in_output"),
-        *("ignore_eos", "min_tokens", "max_tokens", "prompt_logprobs", "skip_special_tokens"),
+        *("ignore_eos", "min_tokens", "max_tokens", "prompt_logprobs", "skip_special_tokens", "logit_bias"),
+        *("stop", "stop_token_ids", "allowed_token_ids", "bad_words"),
     }
-    _LISTS: ClassVar[set[str]] = {"stop", "stop_token_ids", "allowed_token_ids", "bad_words"}
 
     def sampling(self) -> SamplingParams:
         """The sampling parameters that were given. Raises FieldError for two grammars."""
-        params = SamplingParams()
-        for name in self.model_fields_set:
-            value = getattr(self, name)
-            if name in self._LISTS:
-                getattr(params, name).extend(value or ())
-            elif name in self._SCALARS and value is not None:
-                setattr(params, name, value)
-        for token_id, bias in (self.logit_bias or {}).items():
-            params.logit_bias[token_id] = bias
+        params = SamplingParams(**{name: getattr(self, name) for name in self.model_fields_set & self._SHARED})
         structured = only_grammar(self.grammars())
         if structured is not None:
             params.structured_output.CopyFrom(structured)
