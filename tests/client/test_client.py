@@ -22,8 +22,10 @@ from weft.errors import (
     Unavailable,
     Unsupported,
     WeftError,
+    from_rpc_error,
 )
 from weft.inference.v1 import inference_pb2 as pb
+from weft.server import error_details
 from weft.transport import Attempt
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4)
@@ -221,3 +223,24 @@ async def test_async_stream_is_cancelled(service: Any, target: str) -> None:
         await stream.aclose()  # type: ignore[attr-defined]
         assert await asyncio.to_thread(service.cancelled.wait, 5)
     service.hold.set()
+
+
+class Failure(grpc.RpcError):  # type: ignore[misc]
+    """What a service says of a field."""
+
+    def __init__(self, field: str, message: str) -> None:
+        self.code = lambda: grpc.StatusCode.INVALID_ARGUMENT
+        self.details = lambda: message
+        self.trailing_metadata = lambda: error_details(3, message, "BAD", field, None)
+
+
+@pytest.mark.parametrize(
+    ("field", "message", "expected"),
+    [
+        ("model", "must be given: several models are served", "model: must be given: several models are served"),
+        ("model", "no such model is served", "no such model is served"),
+        ("prompts[0].text", "prompts[0].text: has no tokens", "prompts[0].text: has no tokens"),
+    ],
+)
+def test_an_error_names_its_field_once(field: str, message: str, expected: str) -> None:
+    assert str(from_rpc_error(Failure(field, message))) == expected

@@ -119,6 +119,7 @@ def nested(levels: int) -> dict[str, Any]:
 
 CHAT_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "no messages": ({"messages": []}, "messages"),
+    "prompt_logprobs in a stream": ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
     "messages that are none": ({"messages": [1]}, "messages[0]"),
     "an unknown role": ({"messages": [{"role": SECRET, "content": "a"}]}, "messages[0].role"),
     "no content": ({"messages": [{"role": "user"}]}, "messages[0].content"),

@@ -53,6 +53,23 @@ async def test_curl_streams_lines(served: Served) -> None:
     assert texts[-1] == whole["text"][0]
 
 
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [("generate", '"prompt": "a", "prompt_logprobs": 1'), ("v1/completions", '"prompt": "a", "suffix": "b"')],
+)
+async def test_what_is_not_supported_is_said(served: Served, path: str, field: str) -> None:
+    answer = json.loads(
+        await curl(f"{served.url}/{path}", "-H", "Content-Type: application/json", "-d", f"{{{field}}}")
+    )
+    assert answer["error"]["message"] == f"{answer['error']['param']}: is not supported"
+
+
+async def test_every_line_of_a_stream_has_all_texts_and_says_more(served: Served) -> None:
+    lines = (await curl(f"{served.url}/generate", "-d", '{"prompt": "Hello", "stream": true, "n": 3}')).splitlines()
+    assert len(set(lines)) == len(lines) > 1
+    assert all(text.startswith("Hello") for line in lines for text in json.loads(line)["text"])
+
+
 async def test_curl_completes_and_chats(served: Served) -> None:
     served.fake.interval = 0.0  # without max_tokens a chat goes on to the model's length
     json_type = ("-H", "Content-Type: application/json", "-d")

@@ -16,6 +16,7 @@ Statuses without a class of their own raise WeftError itself.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import grpc
@@ -128,7 +129,7 @@ def from_rpc_error(error: Any, target: str = "") -> WeftError:
         problem.__cause__ = error  # why: it may be the name, or a certificate
         return problem
     message = error.details() or code.name
-    if field and field not in message:
+    if field and not re.search(rf"(?<!\w){re.escape(field)}(?!\w)", message):
         message = f"{field}: {message}"
     return _CLASSES.get(code, WeftError)(message, code, reason, field, retry_after)
 

@@ -38,6 +38,8 @@ class ChatBody(Conversation, GenerationFields):
         """The request as the contract says it. Raises FieldError."""
         if self.stream_options is not None and not self.stream:
             raise FieldError("stream_options", "needs stream = true")
+        if self.stream and self.prompt_logprobs is not None:
+            raise FieldError("prompt_logprobs", "is not given in a stream")
         request = self.conversation(self.model)
         request.sampling.CopyFrom(self.sampling())
         if self.max_completion_tokens is not None:

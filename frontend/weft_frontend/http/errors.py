@@ -25,6 +25,9 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 _log = logging.getLogger(__name__)
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
+# In place of pydantic's own, by its type of error.
+_MESSAGES = {"extra_forbidden": "is not a field of this request", "none_required": "is not supported"}
+
 # Where a field of the contract stands in a JSON body.
 _RENAMED = (
     (re.compile(r"^(sampling|options|request|chat)\."), ""),
@@ -104,7 +107,7 @@ def param_of(path: str) -> str:
 def _of_validation_error(error: ValidationError) -> HttpError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     param = _location(first["loc"])
-    message = "is not a field of this request" if first["type"] == "extra_forbidden" else first["msg"]
+    message = _MESSAGES.get(first["type"], first["msg"])
     return HttpError(400, f"{param or 'body'}: {message}", param, "invalid_field")
 
 

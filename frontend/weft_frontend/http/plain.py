@@ -17,6 +17,7 @@ class GenerateBody(GenerationFields):
     """A prompt, and how to go on from it."""
 
     prompt: str
+    prompt_logprobs: None = None  # answers are texts alone
 
     def request(self, request_id: str) -> pb.GenerateRequest:
         """The request as the contract says it; every text starts with the prompt. Raises FieldError."""
@@ -30,7 +31,7 @@ class GenerateBody(GenerationFields):
 
 
 async def generate(call: Call) -> None:
-    """Answer `{"text": [prompt + output, …]}`; in a stream, one such line whenever a text has grown."""
+    """Answer `{"text": [prompt + output, …]}`; in a stream, one such line whenever texts have grown."""
     body = await call.body(GenerateBody, ANY_TYPE)
     call.names = body.names()
     request = body.request(call.request_id)
@@ -38,7 +39,7 @@ async def generate(call: Call) -> None:
         stream = await call.services.measured.generate(request, stream=bool(body.stream))
         try:
             if body.stream:
-                await _answer_lines(call, stream)
+                await _answer_lines(call, stream, body.prompt)
             else:
                 await call.answer({"text": await _texts(stream)})
         finally:
@@ -53,14 +54,17 @@ async def _texts(stream: MeasuredStream) -> list[str]:
     return texts
 
 
-async def _answer_lines(call: Call, stream: MeasuredStream) -> None:
+async def _answer_lines(call: Call, stream: MeasuredStream, prompt: str) -> None:
     texts = [""] * stream.num_choices
+    sent = b""
     deltas = await stream.next()
     await call.start_stream(b"application/x-ndjson", b"%s\n")
     while deltas is not None:
         for delta in deltas:
             texts[delta.index] += delta.text
-        line = orjson.dumps({"text": texts}) + b"\n"
-        await call.send({"type": "http.response.body", "body": line, "more_body": True})
+        line = orjson.dumps({"text": [text or prompt for text in texts]}) + b"\n"
+        if line != sent:
+            await call.send({"type": "http.response.body", "body": line, "more_body": True})
+            sent = line
         deltas = await stream.next()
     await call.send({"type": "http.response.body", "body": b""})
