@@ -81,6 +81,7 @@ class _Command(click.Command):
 @click.option("--enforce-eager", is_flag=True, help="Use no CUDA graphs.")
 @click.option("--seed", type=int, help="Seed of requests that name none, and of dummy weights.  [default: drawn; 0]")
 @click.option("--tensor-parallel-size", default=1, help="GPUs that share the model.")
+@click.option("--require-tokenizer", is_flag=True, help="End if the model has none: it would serve token ids alone.")
 @click.option("--drain-timeout", default=30.0, help="Seconds that running requests get at SIGTERM.")
 @click.option("--watchdog-timeout", default=60.0, help="Seconds without a step after which the engine is ended.")
 def main(

@@ -41,6 +41,7 @@ class EngineConfig:
     enforce_eager: bool = False  # no CUDA graphs
     seed: int | None = None  # of requests that name none, and of dummy weights; None: drawn, and 0 for the weights
     tensor_parallel_size: int = 1  # GPUs, or processes on the CPU, that share the model
+    require_tokenizer: bool = False  # a service of text needs one; without it a model serves token ids
 
     def __post_init__(self) -> None:
         _check(self, "gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "in (0, 1]")

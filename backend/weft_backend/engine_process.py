@@ -13,6 +13,7 @@ from weft_backend.checkpoint import model_hash, resolve_checkpoint
 from weft_backend.config import EngineConfig
 from weft_backend.engine import Engine
 from weft_backend.engine_host import end_now, serve
+from weft_backend.errors import StartupError
 from weft_backend.layers import TensorParallel
 from weft_backend.model_card import describe_defaults, make_card
 from weft_backend.model_config import ModelConfig, load_model_config
@@ -35,7 +36,7 @@ def build_engine(channel: EngineChannel, config: EngineConfig) -> Engine:
             f"{config.model}: {model_config.architecture}, sampling defaults: {describe_defaults(model_config)}"
         )
     with Stage("tokenizer") as stage:
-        tokenizer_hash = _send_tokenizer(channel, path, model_config.vocab_size)
+        tokenizer_hash = _send_tokenizer(channel, path, model_config.vocab_size, config.require_tokenizer)
         stage.detail = f"files hash to {tokenizer_hash[:12]}" if tokenizer_hash else "none: token ids only"
     with Stage("memory") as stage:
         stage.detail = plan_memory(config, model_config, device)
@@ -100,8 +101,13 @@ def _make_scheduler(config: EngineConfig, runner: ModelRunner) -> Scheduler:
     )
 
 
-def _send_tokenizer(channel: EngineChannel, path: Path, vocab_size: int) -> str:
+def _send_tokenizer(channel: EngineChannel, path: Path, vocab_size: int, is_required: bool) -> str:
     files = read_tokenizer_files(path)
+    if is_required and not files:
+        raise StartupError(
+            f"{path} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json and merges.txt): "
+            "only `weft backend` alone can serve it, in token ids"
+        )
     check_vocabulary(files, vocab_size, path)
     for chunk in chunks(files):
         channel.send(Kind.TOKENIZER, payload=chunk.SerializeToString())

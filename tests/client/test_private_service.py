@@ -135,6 +135,12 @@ def test_the_cause_of_a_failed_start_is_raised(checkpoint: Path, model: str | No
         LLM(model or str(checkpoint), **options)
 
 
+def test_a_model_without_a_tokenizer_is_no_service_of_text(tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path / "tiny", tokenizer=False)
+    with pytest.raises(StartError, match="tiny has no tokenizer"):
+        LLM(str(tmp_path / "tiny"), **ENGINE)
+
+
 @pytest.fixture
 def served(checkpoint: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int, int]]:
     """A running ``weft serve`` that has said it is ready, its HTTP port and its gRPC port."""

@@ -159,7 +159,7 @@ class Stack:
         self._environment = os.environ | {"TMPDIR": self._folder}  # what a killed frontend leaves goes with the folder
         if private:
             self._environment.pop(API_KEY_VARIABLE, None)
-        self.services = [start_backend(f"unix:{self._socket}", backend_arguments)]
+        self.services = [start_backend(f"unix:{self._socket}", ["--require-tokenizer", *backend_arguments])]
 
     def watch(self) -> None:
         """To be called again and again. Raises StartError, with the last line it wrote, if a service has ended."""
