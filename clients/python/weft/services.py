@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -101,9 +102,10 @@ class Service:
         """End it now; what it has started ends with it."""
         self._process.kill()
 
-    def stop(self, grace: float) -> None:
-        """Ask it to drain and end; kill it after ``grace`` seconds."""
-        self._process.terminate()
+    def stop(self, grace: float, number: int = signal.SIGTERM) -> None:
+        """Ask it to drain and end; kill it after ``grace`` seconds. At SIGINT a frontend does not wait first for
+        balancers to notice."""
+        self._process.send_signal(number)
         try:
             self._process.wait(grace)
         except subprocess.TimeoutExpired:
@@ -173,8 +175,8 @@ class Stack:
         for service in reversed(self.services):
             service.kill()
 
-    def stop(self, grace: float = 10.0) -> None:
-        """End the frontend, which drains, then the backend; each is killed after ``grace`` seconds."""
+    def stop(self, grace: float = 10.0, number: int = signal.SIGINT) -> None:
+        """End the frontend, which drains, then the backend, as ``Service.stop`` does."""
         for service in reversed(self.services):
-            service.stop(grace)
+            service.stop(grace, number)
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import queue
 import signal
-import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -37,21 +38,24 @@ def serve(arguments: tuple[str, ...], **server: Any) -> None:
     """
     if not server["port"] and not server["grpc_port"]:
         raise click.UsageError("--port 0 and --grpc-port 0 leave nothing to serve on")
-    stop = threading.Event()
-    _on_signals(stop.set)
+    signals = queue.SimpleQueue[int]()
+    _on_signals(signals.put)
+    number = None
     drain = server["drain_timeout"]
     stack = Stack([*flags({"drain_timeout": drain, "metrics_port": 0}), *arguments], flags(server))
     try:
-        while not stop.wait(_POLL_SECONDS):
+        while number is None:
             stack.watch()
+            with suppress(queue.Empty):
+                number = signals.get(timeout=_POLL_SECONDS)
     finally:
-        if stop.is_set():
+        if number is not None:
             click.echo("ending once running requests have; the same signal again ends now", err=True)
-        _on_signals(stack.kill)
-        stack.stop(drain + _GRACE_BEYOND_DRAIN)
+        _on_signals(lambda _: stack.kill())
+        stack.stop(drain + _GRACE_BEYOND_DRAIN, number or signal.SIGINT)
 
 
-def _on_signals(act: Callable[[], None]) -> None:
+def _on_signals(act: Callable[[int], None]) -> None:
     """Let SIGINT and SIGTERM call ``act``."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: act())
+        signal.signal(number, lambda number, _: act(number))
