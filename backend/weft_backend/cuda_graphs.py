@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,8 +44,7 @@ class StepShape:
 _BESIDE = 32
 _SMALL = 1024  # tokens: more launch no other kernels than the largest step
 
-Forward = Callable[[StepShape], object]  # hidden states go where Sample finds them
-Result = TypeVar("Result")
+Forward = Callable[[StepShape], Tensor]  # hidden states, which go where Sample finds them
 Sample = Callable[[int], Tensor]  # of the first so many rows that sample: int32 [2, S]
 
 
@@ -131,8 +130,8 @@ def _at_least(number: int, sizes: list[int]) -> int:
     return next(size for size in sizes if size >= number)
 
 
-def _capture(function: Callable[[], Result], pool: Any) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """A graph of the function, and its result, of which tensors hold what each replay gives."""
+def _capture(function: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of the function, and the tensor that holds its result after each replay."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         result = function()

@@ -81,13 +81,12 @@ class StepPlan:
         A prompt is scored once, by its first choice: another that could not fork from it computes the prompt again.
         """
         chunks: list[ScoredChunk] = []
-        starts = self.query_lens.cumsum() - self.query_lens
         for index in range(self.num_decode_rows, len(self.rows)):
             request, choice = self.sequences[index].request, self.sequences[index].choice
             num_unscored = request.num_prompt_tokens - 1 - int(self.start_positions[index])
             num_tokens, num_top = min(int(self.query_lens[index]), num_unscored), request.sampling.prompt_logprobs
             if num_top is not None and num_tokens > 0 and choice == 0:
-                chunks.append(ScoredChunk(index, int(starts[index]), num_tokens, num_top))
+                chunks.append(ScoredChunk(index, int(self.query_lens[:index].sum()), num_tokens, num_top))
         return chunks
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from weft_kernels.mma_linear import MmaTile
 from weft_kernels.ops import Activation
 from weft_kernels.wgmma_linear import WgmmaTile, block_t
-from weft_kernels.wide_linear import WideTile
+from weft_kernels.wide_linear import LINE, WideTile
 
 MAX_MMA_TOKENS = 8
 MAX_WGMMA_TOKENS = 64
@@ -76,10 +76,10 @@ def wide_tile(
         return None
     gated = activation == "silu_and_mul"
     block_n = 128 if gated or _use(-(-num_outputs // 128), num_sms) > 0.75 else 64
-    num_tiles, block_tokens, most_splits = -(-num_outputs // block_n), num_tokens, 4
-    if not is_large and num_tokens > 128 and _pays_to_halve(num_tiles, num_tokens, size, is_float8, num_sms):
+    num_tiles, block_tokens = -(-num_outputs // block_n), num_tokens
+    if not is_large and _pays_to_halve(num_tiles, num_tokens, size, is_float8, num_sms):
         num_tiles, block_tokens = 2 * num_tiles, -(-num_tokens // 2)
-        most_splits = 2 if is_float8 else 4
+    most_splits = 2 if is_float8 and block_tokens < num_tokens else 4
     num_splits = 1
     while num_splits < most_splits and 2 * num_splits * num_tiles <= num_sms and size >= 2048 and not gated:
         num_splits *= 2
@@ -87,7 +87,7 @@ def wide_tile(
         return None  # 13B's output projection, 192 tokens: 26 us, by the library 21
     first = 64 if block_tokens <= 128 else 128
     second = max(16, 8 * num_splits, 1 << (block_tokens - first - 1).bit_length())
-    step_bytes = 2 * 64 * (block_n + first + second)
+    step_bytes = LINE.value * (block_n + first + second)
     return WideTile(block_n, first, second, num_splits, min(12, 218 * 1024 // step_bytes))
 
 
@@ -98,7 +98,7 @@ def _pays_to_halve(num_tiles: int, num_tokens: int, size: int, is_float8: bool, 
     797 and 756, 160 tokens 796 and 752, 192 tokens 804 and 784.
     """
     if is_float8:
-        return 2 * num_tiles <= 0.75 * num_sms
+        return num_tokens > 128 and 2 * num_tiles <= 0.75 * num_sms
     return num_tokens > (128 if size <= 1024 else 192) and 2 * num_tiles <= num_sms
 
 

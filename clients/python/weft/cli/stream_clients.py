@@ -183,7 +183,8 @@ class _Answer:
         self.ended = ended
         self.first = self.last = 0.0  # when its first event and its last, [DONE], were there
         self._head, self._has_head = b"", False
-        self._num_bytes = 0  # behind the head
+        self._length: int | None = None  # of what comes behind the head; None: chunks
+        self._num_bytes = 0  # of it that are there
         self._tail = b""
         self._error = ""
 
@@ -191,15 +192,18 @@ class _Answer:
         """Take in what has come."""
         if not self._has_head:
             self._head, blank, data = (self._head + data).partition(b"\r\n\r\n")
-            self._has_head = bool(blank)
+            if not blank:
+                return
+            self._has_head = True
+            length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", self._head)
+            self._length = int(length[1]) if length else None
         self._num_bytes += len(data)
         self._tail = (self._tail + data)[-_KEPT_BYTES:]
         if not self.first and b"data: {" in self._tail:
             self.first = now
         if not self.last and b"\ndata: [DONE]" in self._tail:
             self.last = now
-        length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", self._head)
-        if self._num_bytes >= int(length[1]) if length else self._tail.endswith(b"\r\n0\r\n\r\n"):
+        if self._tail.endswith(b"\r\n0\r\n\r\n") if self._length is None else self._num_bytes >= self._length:
             self.end()
 
     def end(self, error: Exception | None = None) -> None:
