@@ -1,5 +1,5 @@
 """What the Gluon kernels share: the layout of tiles in shared memory, names that differ in triton 3.6, programmatic
-dependent launch, and the gate."""
+dependent launch, copies of weights, and the gate."""
 
 from __future__ import annotations
 
@@ -27,6 +27,17 @@ def let_next_begin() -> None:
 def wait_for_kernel_before() -> None:
     """Until all of it has ended."""
     gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def copy_weights(  # type: ignore[no-untyped-def]
+    weight: tma.tensor_descriptor, column, width, k, loaded, rows: gl.shared_memory_descriptor, wanted=True
+) -> None:
+    """Start the copy of the rows of weights that make outputs from ``column`` on, or of their gates and their ups."""
+    OWNED: gl.constexpr = weight.block_shape[0]
+    async_load(weight, [column, k], loaded, rows.slice(0, OWNED), pred=wanted)
+    if rows.shape[0] > OWNED:
+        async_load(weight, [width + column, k], loaded, rows.slice(OWNED, OWNED), pred=wanted)
 
 
 @gluon.jit

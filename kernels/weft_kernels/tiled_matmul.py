@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from weft_kernels.gluon_names import SWIZZLED, async_load, async_store, barrier, silu_and_mul
+from weft_kernels.gluon_names import SWIZZLED, async_load, async_store, barrier, copy_weights, silu_and_mul
 from weft_kernels.launch import num_sms
 
 BLOCK_M = gl.constexpr(128)
@@ -33,11 +33,13 @@ GROUP_M = gl.constexpr(8)
 
 @gluon.jit
 def _place(tile: gl.tensor, num_tokens: gl.tensor, size: gl.tensor) -> gl.tuple:
-    """First token and column of a tile."""
+    """First token and column of a tile. Where tokens end within a tile it begins earlier, and makes again what the one
+    before it made: a copy from beyond the tensor takes long."""
     band_tiles = GROUP_M * gl.cdiv(size, BLOCK_N)
     first_m = tile // band_tiles * GROUP_M
     band_m = gl.minimum(gl.cdiv(num_tokens, BLOCK_M) - first_m, GROUP_M)
-    return (first_m + tile % band_tiles % band_m) * BLOCK_M, tile % band_tiles // band_m * BLOCK_N
+    token = gl.minimum((first_m + tile % band_tiles % band_m) * BLOCK_M, gl.maximum(num_tokens - BLOCK_M, 0))
+    return token, tile % band_tiles // band_m * BLOCK_N
 
 
 @gluon.jit
@@ -51,12 +53,11 @@ def _produce(
         token, column = _place(tile, num_tokens, size)
         for k in range(num_steps):
             stage = step % NUM_STAGES
+            loaded = full.index(stage)
             mbarrier.wait(empty.index(stage), (step // NUM_STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(stage), (BLOCK_M + 2 * BLOCK_N) * BLOCK_K * 2)
-            both = columns.index(stage)
-            async_load(x, [token, k * BLOCK_K], full.index(stage), tokens.index(stage))
-            async_load(weight, [column, k * BLOCK_K], full.index(stage), both.slice(0, BLOCK_N))
-            async_load(weight, [size + column, k * BLOCK_K], full.index(stage), both.slice(BLOCK_N, BLOCK_N))
+            mbarrier.expect(loaded, (BLOCK_M + 2 * BLOCK_N) * BLOCK_K * 2)
+            async_load(x, [token, k * BLOCK_K], loaded, tokens.index(stage))
+            copy_weights(weight, column, size, k * BLOCK_K, loaded, columns.index(stage))
             step += 1
 
 
@@ -142,15 +143,17 @@ def _silu_matmul_kernel(
 
 def suits_tiles(num_tokens: int, size: int, num_columns: int, num_sms: int) -> bool:
     """Whether ``silu_matmul`` takes these sizes and beats cuBLAS and ``silu_and_mul``: where tiles leave little of the
-    GPU idle.
+    GPU idle, and less of it for long rows.
 
-    H200, us, beside cuBLAS and ``silu_and_mul``: for K 4,096 and I 14,336 112 (120) for 256 tokens, 174 (190) for 512,
-    308 (328) for 1,024, 2,782 (2,901) for 8,192; for K 1,024 and I 3,072 9.6 (9.7), 14.7 (15.3), 20.1 (23.9), 137
-    (177). A third is left idle by 704 tokens of the latter, 20.2 (20.9).
+    H200, us, beside cuBLAS and ``silu_and_mul``: for K 4,096 and I 14,336 101 (101) for 256 tokens, 169 (180) for 512,
+    348 (369) for 1,024; where 36 % and 29 % are left idle, 139 (117) for 288 tokens and 141 (124) for 320; for K 5,120
+    and I 13,824 at 18 %, 122 (111) for 256. For K 1,024 and I 3,072 15.9 (18.2) for 576, 21.1 (20.3) for 704 at 33 %,
+    37.7 (48.7) for 2,048.
     """
     rounds = triton.cdiv(triton.cdiv(num_tokens, BLOCK_M.value) * triton.cdiv(size, BLOCK_N.value), num_sms)
     room = rounds * num_sms * BLOCK_M.value * BLOCK_N.value
-    return size % 8 == 0 and num_columns % 8 == 0 and num_tokens * size > 0.66 * room
+    least = 0.84 if num_columns >= 2048 else 0.66
+    return size % 8 == 0 and num_columns % 8 == 0 and num_tokens * size > least * room
 
 
 def silu_matmul(x: Tensor, weight: Tensor) -> Tensor:

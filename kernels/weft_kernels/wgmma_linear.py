@@ -31,6 +31,7 @@ from weft_kernels.gluon_names import (
     SWIZZLED_FLOAT8,
     async_load,
     barrier,
+    copy_weights,
     let_next_begin,
     wait_for_kernel_before,
 )
@@ -48,16 +49,6 @@ class WgmmaTile(NamedTuple):
     block_k: int
     num_splits: int
     num_stages: int
-
-
-@gluon.jit
-def _copy_weights(weight, tiles, barriers, stage, column, width, k, wanted, OWNED: gl.constexpr, BYTES: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Start the copy of a step's weights; its barrier waits for ``BYTES``, those of the activations included."""
-    loaded, tile = barriers.index(stage), tiles.index(stage)
-    mbarrier.expect(loaded, BYTES, pred=wanted)
-    async_load(weight, [column, k], loaded, tile.slice(0, OWNED), pred=wanted)
-    if tile.shape[0] > OWNED:
-        async_load(weight, [width + column, k], loaded, tile.slice(OWNED, OWNED), pred=wanted)
 
 
 @gluon.jit
@@ -130,7 +121,8 @@ def _wgmma_linear_kernel(  # type: ignore[no-untyped-def]
     let_next_begin()
     for i in gl.static_range(NUM_STAGES - 1):
         k, wanted = (first + i) * BLOCK_K, first + i < last
-        _copy_weights(weight, weights, barriers, i, column, width, k, wanted, OWNED, BYTES)
+        mbarrier.expect(barriers.index(i), BYTES, pred=wanted)
+        copy_weights(weight, column, width, k, barriers.index(i), weights.index(i), wanted)
     wait_for_kernel_before()
     for i in gl.static_range(NUM_STAGES - 1):
         k, wanted = (first + i) * BLOCK_K, first + i < last
@@ -161,7 +153,8 @@ def _wgmma_linear_kernel(  # type: ignore[no-untyped-def]
         ahead = step + NUM_STAGES - 1
         k, wanted = ahead * BLOCK_K, ahead < last
         free = (ahead - first) % NUM_STAGES
-        _copy_weights(weight, weights, barriers, free, column, width, k, wanted, OWNED, BYTES)
+        mbarrier.expect(barriers.index(free), BYTES, pred=wanted)
+        copy_weights(weight, column, width, k, barriers.index(free), weights.index(free), wanted)
         async_load(x, [0, k], barriers.index(free), inputs.index(free), pred=wanted)
     acc = warpgroup_mma_wait(0, deps=[acc])
     if weight_scale is not None:

@@ -29,7 +29,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from weft_kernels.gluon_names import SWIZZLED, SWIZZLED_FLOAT8, async_load, let_next_begin, wait_for_kernel_before
+from weft_kernels.gluon_names import (
+    SWIZZLED,
+    SWIZZLED_FLOAT8,
+    async_load,
+    copy_weights,
+    let_next_begin,
+    wait_for_kernel_before,
+)
 from weft_kernels.launch import linear_output, num_sms
 from weft_kernels.linear_epilogue import finish
 from weft_kernels.norm import normalize, quantize
@@ -48,17 +55,6 @@ class WideTile(NamedTuple):
     second: int
     num_splits: int
     num_stages: int
-
-
-@gluon.jit
-def _copy_weights(  # type: ignore[no-untyped-def]
-    weight, block, width, k, loaded, rows: gl.shared_memory_descriptor, wanted
-) -> None:
-    """Start the copy of a block's rows, or of its gates and its ups."""
-    OWNED: gl.constexpr = weight.block_shape[0]
-    async_load(weight, [block * OWNED, k], loaded, rows.slice(0, OWNED), pred=wanted)
-    if rows.shape[0] > OWNED:
-        async_load(weight, [width + block * OWNED, k], loaded, rows.slice(OWNED, OWNED), pred=wanted)
 
 
 @gluon.jit
@@ -83,13 +79,14 @@ def _produce(  # type: ignore[no-untyped-def]
     STAGES: gl.constexpr = weights.shape[0]
     P0: gl.constexpr = x0.block_shape[0]
     P1: gl.constexpr = x1.block_shape[0]
+    OWNED: gl.constexpr = weight.block_shape[0]
     BLOCK_K: gl.constexpr = weights.shape[2]
     BYTES: gl.constexpr = (weights.shape[1] + P0 + P1) * LINE
     block, steps, _, _ = _place(gl.program_id(0), num_tokens, shape, SPLITS, P0, P1)
     ahead = gl.minimum(steps[1] - steps[0], STAGES)
     for i in range(ahead):
         mbarrier.expect(full.index(i), BYTES)
-        _copy_weights(weight, block, width, (steps[0] + i) * BLOCK_K, full.index(i), weights.index(i), True)
+        copy_weights(weight, block * OWNED, width, (steps[0] + i) * BLOCK_K, full.index(i), weights.index(i))
     wait_for_kernel_before()
     step = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
@@ -99,7 +96,7 @@ def _produce(  # type: ignore[no-untyped-def]
             loaded = full.index(stage)
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
             mbarrier.expect(loaded, BYTES, pred=step >= ahead)
-            _copy_weights(weight, block, width, k * BLOCK_K, loaded, weights.index(stage), step >= ahead)
+            copy_weights(weight, block * OWNED, width, k * BLOCK_K, loaded, weights.index(stage), step >= ahead)
             async_load(x0, [piece0[0], k * BLOCK_K], loaded, inputs0.index(stage))
             async_load(x1, [piece1[0], k * BLOCK_K], loaded, inputs1.index(stage))
             step += 1

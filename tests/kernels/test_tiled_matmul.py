@@ -30,7 +30,7 @@ def test_equals_float64(
 
 def test_tiles_suit_what_fills_the_gpu() -> None:
     assert all(suits_tiles(num_tokens, 14336, 4096, 132) for num_tokens in (256, 512, 704, 1024, 8192))
-    assert not any(suits_tiles(num_tokens, 14336, 4096, 132) for num_tokens in (0, 1, 64, 192))
+    assert not any(suits_tiles(num_tokens, 14336, 4096, 132) for num_tokens in (0, 1, 64, 192, 288, 320))
     assert all(suits_tiles(num_tokens, 3072, 1024, 132) for num_tokens in (256, 512, 704, 1024, 8192))
     assert not any(suits_tiles(num_tokens, 3072, 1024, 132) for num_tokens in (0, 1, 192, 384))
 
