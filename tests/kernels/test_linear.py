@@ -249,11 +249,13 @@ WIDE = [(WideTile(64, 64, 32, 4, 10), 64), (WideTile(64, 128, 64, 2, 6), 131), (
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("fp8", [False, True], ids=["16 bits", "float8"])
 @pytest.mark.parametrize(("tile", "num_tokens"), WIDE, ids=str)
 @pytest.mark.parametrize("num_outputs", [472, 8216])
 def test_wide_tiles(
     dtype: torch.dtype,
     kind: dict[str, Any],
+    fp8: bool,
     tile: WideTile,
     num_tokens: int,
     num_outputs: int,
@@ -264,34 +266,15 @@ def test_wide_tiles(
         tile = tile._replace(block_n=128, num_stages=4)
     if num_outputs > 472:
         tile = tile._replace(num_splits=1)
-    layer = make_layer(num_tokens, num_outputs, 1400, dtype=dtype, **(kind | {"norm": None}))
+    tolerance = ERROR[dtype]
+    if fp8:
+        layer = make_layer(num_tokens, num_outputs, 1392, dtype=dtype, fp8=True, **kind)
+        layer.make_float8_tokens()
+        tolerance = 0.01 if layer.norm is None else 0.1
+    else:
+        layer = make_layer(num_tokens, num_outputs, 1400, dtype=dtype, **(kind | {"norm": None}))
     first = layer.run_wide(tile)
-    assert error(first, layer.expected) < ERROR[dtype]
-    assert torch.equal(layer.run_wide(tile), first)  # the counters are zero again
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize(("tile", "num_tokens"), WIDE, ids=str)
-@pytest.mark.parametrize("num_outputs", [472, 8216])
-def test_wide_tiles_of_float8(
-    dtype: torch.dtype,
-    kind: dict[str, Any],
-    tile: WideTile,
-    num_tokens: int,
-    num_outputs: int,
-    make_layer: MakeLayer,
-    error: Any,
-) -> None:
-    if kind.get("activation") == "silu_and_mul":
-        tile = tile._replace(block_n=128, num_stages=4)
-    if num_outputs > 472:
-        tile = tile._replace(num_splits=1)
-    layer = make_layer(num_tokens, num_outputs, 1392, dtype=dtype, fp8=True, **kind)
-    layer.make_float8_tokens()
-    first = layer.run_wide(tile)
-    assert error(first, layer.expected) < (0.01 if layer.norm is None else 0.1)
+    assert error(first, layer.expected) < tolerance
     assert torch.equal(layer.run_wide(tile), first)  # the counters are zero again
 
 
