@@ -80,12 +80,16 @@ class Tokenizer:
 
         ``alone``: the event loop has no other request to serve.
         """
-        encoded = await self._encode_plain(texts, alone)
+        if sum(map(len, texts)) <= (INLINE_CHARS_ALONE if alone else INLINE_CHARS):
+            encoded = self._encode_now(texts)
+        else:
+            encoded = await asyncio.to_thread(self._encode_now, texts)
         return [self._prefix + ids + self._suffix for ids in encoded] if add_special_tokens else encoded
 
     async def encode_pieces(self, pieces: Sequence[str], *, add_special_tokens: bool = False) -> list[int]:
         """The ids of a text given in pieces; no token crosses from one piece into the next."""
-        ids = [token_id for piece in await self._encode_plain(pieces) for token_id in piece]
+        encoded = await self.encode(pieces, add_special_tokens=False)
+        ids = [token_id for piece in encoded for token_id in piece]
         return self._prefix + ids + self._suffix if add_special_tokens else ids
 
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
@@ -97,11 +101,6 @@ class Tokenizer:
     def _decode_now(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
-
-    async def _encode_plain(self, texts: Sequence[str], alone: bool = False) -> list[list[int]]:
-        if sum(map(len, texts)) <= (INLINE_CHARS_ALONE if alone else INLINE_CHARS):
-            return self._encode_now(texts)
-        return await asyncio.to_thread(self._encode_now, texts)
 
     def _encode_now(self, texts: Sequence[str]) -> list[list[int]]:
         # The batch call releases the interpreter lock; `encode` holds it (580 ms for a prompt of 142,000 tokens).
