@@ -134,7 +134,7 @@ class EngineChannel:
     def close(self) -> None:
         """Send what is left, for at most two seconds, and close."""
         with self._lock:
-            self._sock.settimeout(2)
-            with contextlib.suppress(OSError):  # nobody may be reading any more
+            with contextlib.suppress(OSError):  # nobody may be reading any more, or it was closed before
+                self._sock.settimeout(2)
                 self._sock.sendall(self._unsent)
             self._sock.close()

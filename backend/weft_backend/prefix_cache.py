@@ -69,6 +69,11 @@ class HostTier:
         self._in_use.add(name)
         return page
 
+    def forget(self, name: bytes) -> None:
+        """Give up the page of that name, if there is one."""
+        if name in self._pages:
+            self._blank.append(self._pages.pop(name))
+
     def clear(self) -> None:
         """Give up every page."""
         self._blank.extend(self._pages.values())
@@ -146,10 +151,12 @@ class PrefixCache:
                 self._name(page, name)
 
     def forget(self, sequence: Sequence) -> None:
-        """Take away the names of the pages that only this sequence has."""
+        """Let none of a sequence's pages be found again, in either tier, by whoever they are shared."""
         for page in sequence.page_ids:
-            if self.pool.num_references(page) == 1:
-                self._unname(page)
+            self._unname(page)
+        self._hash_pages(sequence, sequence.token_ids, len(sequence.token_ids) // self.block_size)
+        for name in sequence.page_hashes:
+            self.host.forget(name)
 
     def reset(self) -> int:
         """Forget every page that no sequence has, in both tiers; returns how many device pages that were."""

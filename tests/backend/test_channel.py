@@ -68,3 +68,11 @@ def test_the_other_ends_death_raises(ends: tuple[EngineChannel, socket.socket]) 
     channel.send(Kind.STEP)
     with pytest.raises(ChannelClosed):
         channel.flush()
+
+
+def test_close_sends_what_is_left_and_may_be_called_again(ends: tuple[EngineChannel, socket.socket]) -> None:
+    channel, other = ends
+    channel.send(Kind.FATAL, 0, b"end")
+    channel.close()
+    channel.close()
+    assert other.recv(100) == encode(Kind.FATAL, 0, b"end")

@@ -258,17 +258,55 @@ def test_priority_goes_first() -> None:
     assert list(drive.finishes) == [(2, 0), (0, 0), (1, 0)]
 
 
+def nan(plan: StepPlan) -> StepResult:
+    """What a step gives whose logits are not finite."""
+    finish_codes = np.where(plan.samples, np.uint8(FinishCode.NAN), np.uint8(FinishCode.RUNNING))
+    return StepResult(plan.step, np.full(len(plan.rows), -1, np.int32), finish_codes)
+
+
+def fail(drive: Drive) -> StepOutput:
+    """Do a step whose logits are not finite."""
+    plan = drive.scheduler.schedule()
+    assert plan is not None
+    drive.device.run(plan)
+    return drive.scheduler.retire(plan, nan(plan))
+
+
 def test_nan_ends_one_sequence_and_its_pages_are_not_matched() -> None:
     drive = Drive(depth=0)
     drive.add(0, [9] * 12)
-    plan = drive.scheduler.schedule()
-    assert plan is not None
-    result = StepResult(plan.step, np.array([3], np.int32), np.array([FinishCode.NAN], np.uint8))
-    output = drive.scheduler.retire(plan, result)
+    output = fail(drive)
     assert output.tokens.shape == (5, 0)
     assert [(other.place, other.finish) for other in output.others] == [(-1, FinishCode.NAN)]
     drive.scheduler.check_idle()
     again = drive.add(1, [9] * 12)
+    drive.run()
+    assert again.num_cached_tokens == 0
+
+
+def test_pages_that_a_failed_choice_shares_are_not_matched() -> None:
+    drive = Drive(depth=0, max_num_batched_tokens=8)
+    request = drive.add(0, [9] * 13, n=2)
+    drive.step()
+    prefill = drive.scheduler.schedule()
+    forked = drive.scheduler.schedule()
+    assert prefill is not None and forked is not None and len(forked.rows) == 2
+    drive.scheduler.retire(prefill, nan(prefill))
+    drive.scheduler.cancel(request)
+    again = drive.add(1, [9] * 13)
+    drive.run()
+    assert again.num_cached_tokens == 0
+
+
+def test_pages_of_a_failed_sequence_do_not_come_back_from_the_host() -> None:
+    drive = Drive(depth=0, num_pages=10, num_swap_pages=30)
+    for slot in range(4):
+        drive.add(slot, [slot] * 20, max_tokens=2)
+        drive.run()
+    drive.add(8, [0] * 17)  # not 20: the tokens after its pages are one step
+    fail(drive)
+    assert drive.device.num_swapped_in == 4
+    again = drive.add(9, [0] * 20, max_tokens=2)
     drive.run()
     assert again.num_cached_tokens == 0
 
