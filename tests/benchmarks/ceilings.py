@@ -46,4 +46,6 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        raise SystemExit("Error: PyTorch sees no GPU")
     print(json.dumps(measure_ceilings()))

@@ -131,7 +131,7 @@ def logits_of(model: Model, config: ModelConfig, token_ids: list[int], kv_dtype:
         max_seq_len=num_tokens,
     )
     cache = torch.zeros(cache_shape, dtype=kv_dtype, device=device)
-    hidden = model(torch.tensor(token_ids, device=device), layout, cache)
+    hidden = model(torch.tensor(token_ids, device=device), layout, cache, None)
     return model.logits(hidden).float()
 
 
