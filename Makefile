@@ -1,4 +1,5 @@
-# Every target works from a fresh clone: it makes the virtual environment it needs.
+# Every target works from a fresh clone: it makes the virtual environment it needs. Those that need a GPU run $(PYTHON),
+# which must have a torch for it, and for test-gpu all of the extra "test"; PYTHON=.venv/bin/python is what make test has.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +23,7 @@ serve: $(VENV)/run ## Serve the built-in model on :8000 (HTTP) and :50051 (gRPC)
 test: $(VENV)/test ## Run the tests
 	$(BIN)/pytest
 
-test-gpu: ## Run the tests that need an NVIDIA GPU, with the python3 that has torch
+test-gpu: ## Run the tests that need an NVIDIA GPU; PYTHON=.venv/bin/python, unless python3 has torch
 	PYTHONPATH=$(PACKAGES) $(PYTHON) -m pytest -m gpu
 
 bench-kernels: ## Time each kernel on an NVIDIA GPU; ARGS="--shapes 8B --json FILE"

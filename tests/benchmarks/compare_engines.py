@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import click
 from benchmarks.floors import Ceilings, Floors, floor_of
 from benchmarks.vllm_engine import keywords
 
-from weft.cli.options import FORWARDING
+from weft.cli.options import COUNT, FORWARDING
 from weft_backend.model_config import load_model_config
 
 Results = Mapping[str, Any]
@@ -35,11 +36,22 @@ _WEFT = ["-c", "from weft.cli import main; main()", "bench", "engine"]
 _VLLM = ["-m", "benchmarks.vllm_engine"]
 
 
+def _check_vllm(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    if value is not None and PathFinder.find_spec("vllm", value.split(":")) is None:
+        raise click.BadParameter(f"there is no vllm in {value}")
+    return value
+
+
 @click.command(context_settings=FORWARDING)
 @click.argument("shape", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("arguments", metavar="[OPTIONS OF weft bench engine]...", nargs=-1, type=click.UNPROCESSED)
-@click.option("--vllm", "vllm_path", help="Folders of an unpacked vLLM, for PYTHONPATH; without it Weft is alone.")
-@click.option("--repeats", default=1, show_default=True, help="Turns of each engine.")
+@click.option(
+    "--vllm",
+    "vllm_path",
+    callback=_check_vllm,
+    help="Folders of an unpacked vLLM, for PYTHONPATH; without it Weft is alone.",
+)
+@click.option("--repeats", type=COUNT, default=1, show_default=True, help="Turns of each engine.")
 @click.option("--measure-ceilings", is_flag=True, help="Floors from what this GPU does now, not an H200's numbers.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write everything here.")
 def main(
@@ -50,19 +62,25 @@ def main(
     measure_ceilings: bool,
     json_file: Path | None,
 ) -> None:
-    """Compare the engines on SHAPE, line by line."""
+    """Compare the engines on SHAPE, line by line. What is there is told even if an engine fails."""
     floors = _floors(shape, keywords(arguments), _measured_ceilings() if measure_ceilings else Ceilings())
     report: dict[str, Any] = {"date": date.today().isoformat(), "shape": shape.name, "arguments": arguments}
     report["ceilings"] = asdict(floors.ceilings)
     turns: dict[str, list[Results]] = {"weft": [], "vllm": []}
+    failed = set()
     for engine in (("weft", "vllm") if vllm_path else ("weft",)) * repeats:
         command = [*(_WEFT if engine == "weft" else _VLLM), str(shape), *arguments]
-        turns[engine].append(_run(command, vllm_path if engine == "vllm" else None))
+        exit_code, results = _run(command, vllm_path if engine == "vllm" else None)
+        turns[engine].append(results)
+        if exit_code:
+            failed.add(engine)
         report |= {name: medians(results) for name, results in turns.items() if results} | {"turns": turns}
         report["floor"] = {name: floor_of(floors, name) for name in medians([*turns["weft"], *turns["vllm"]])}
         if json_file:  # at once: a machine's time may be over before the last turn
             json_file.write_text(json.dumps(report, indent=1) + "\n")
     click.echo("\n".join(table(report)))
+    if failed:
+        raise click.ClickException(f"{' and '.join(sorted(failed))} failed, which the output above explains")
 
 
 def _floors(shape: Path, options: Mapping[str, Any], ceilings: Ceilings) -> Floors:
@@ -76,20 +94,23 @@ def _floors(shape: Path, options: Mapping[str, Any], ceilings: Ceilings) -> Floo
 
 def _measured_ceilings() -> Ceilings:
     command = [sys.executable, "-m", "benchmarks.ceilings"]  # a process of its own: it leaves no memory taken
-    measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if result.returncode:
+        raise click.ClickException("the ceilings cannot be measured")
+    measured = json.loads(result.stdout)
     return Ceilings(measured["copy_tb_s"] * 1e12, measured["bf16_tflop_s"] * 1e12, measured["fp8_tflop_s"] * 1e12)
 
 
-def _run(command: Sequence[str], path: str | None) -> Results:
-    """Results of one turn: as many as there are if it fails, and then its output has said why."""
+def _run(command: Sequence[str], path: str | None) -> tuple[int, Results]:
+    """Exit code and results of one turn: as many as there are if it fails, and then its output has said why."""
     environment = dict(os.environ)
     if path:
         environment |= {"PYTHONPATH": f"{path}:{os.environ.get('PYTHONPATH', '')}", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
-        subprocess.run([sys.executable, *command, "--json", str(results)], env=environment, check=False)
-        found: Results = json.loads(results.read_text()) if results.exists() else {}
-        return found
+        command = [sys.executable, *command, "--json", str(results)]
+        exit_code = subprocess.run(command, env=environment, check=False).returncode
+        return exit_code, json.loads(results.read_text()) if results.exists() else {}
 
 
 def medians(turns: Sequence[Results]) -> dict[str, Any]:

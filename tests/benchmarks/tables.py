@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 from benchmarks.compare_engines import speed
 
 _ORDER = ("start", "decode", "prefill", "mixed", "service")
@@ -110,18 +110,24 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{1 if abs(value) >= 10 else 2}f}"
 
 
+@click.command(help=__doc__)
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def main(files: Sequence[Path]) -> None:
     """Print the tables of files."""
     service: list[list[str]] = []
     for file in files:
-        results = json.loads(file.read_text())
-        if isinstance(results, list) or "output_throughput" in results:
-            service += service_rows(file.stem, results)
-        else:
-            print("\n".join(engine_table(results) if "floor" in results else kernel_table(results)), end="\n\n")
+        try:
+            results = json.loads(file.read_text())
+            if isinstance(results, list) or "output_throughput" in results:
+                service += service_rows(file.stem, results)
+            else:
+                lines = engine_table(results) if "floor" in results else kernel_table(results)
+                click.echo("\n".join(lines) + "\n")
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise click.ClickException(f"{file}: is not a file of results, as --help lists them") from error
     if service:
-        print("\n".join(table(_SERVICE_HEAD, service)))
+        click.echo("\n".join(table(_SERVICE_HEAD, service)))
 
 
 if __name__ == "__main__":
-    main([Path(argument) for argument in sys.argv[1:]])
+    main()

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks.compare_engines import medians, table
+from benchmarks.compare_engines import main, medians, table
 from benchmarks.vllm_engine import keywords
 from checkpoints import make_checkpoint
+from click.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
 PRETENDED = """
@@ -35,30 +36,54 @@ class LLM:
 """
 
 
-def test_both_engines_run_and_stand_side_by_side(tmp_path: Path) -> None:
-    shape, vllm, report_file = tmp_path / "tiny", tmp_path / "site", tmp_path / "report.json"
+@pytest.fixture
+def vllm(tmp_path: Path) -> Path:
+    """A folder with what pretends to be vLLM."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "vllm.py").write_text(PRETENDED)
+    return folder
+
+
+def compare(*arguments: str) -> subprocess.CompletedProcess[str]:
+    path = f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-m", "benchmarks.compare_engines", *arguments]
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+
+
+def test_both_engines_run_and_stand_side_by_side(vllm: Path, tmp_path: Path) -> None:
+    shape, report_file = tmp_path / "tiny", tmp_path / "report.json"
     make_checkpoint("llama", shape)
-    vllm.mkdir()
-    (vllm / "vllm.py").write_text(PRETENDED)
     config = json.loads((shape / "config.json").read_text()) | {"max_position_embeddings": 2048}
     (shape / "config.json").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "benchmarks.compare_engines", str(shape), "--vllm", str(vllm)]
-    command += ["--json", str(report_file), "--batches", "1", "--parts", "decode", "--block-size", "16"]
-    path = f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"
-    output = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=True
-    ).stdout
+    arguments = ["--json", str(report_file), "--batches", "1", "--parts", "decode", "--block-size", "16"]
+    result = compare(str(shape), "--vllm", str(vllm), *arguments)
+    assert result.returncode == 0, result.stderr
     report = json.loads(report_file.read_text())
     assert report["weft"]["engine"].startswith("weft")
     assert report["vllm"]["engine"] == "vllm 0"
     for engine in ("weft", "vllm"):
         assert {"start_s", "decode_ms_b1_ctx1k", "prefill_ms_b1_1k"} <= set(report[engine])
     assert 0 < report["floor"]["decode_ms_b1_ctx1k"] < report["weft"]["decode_ms_b1_ctx1k"]
-    assert [line.split()[0] for line in output.splitlines()[-3:]] == [
+    assert [line.split()[0] for line in result.stdout.splitlines()[-3:]] == [
         "start_s",
         "decode_ms_b1_ctx1k",
         "prefill_ms_b1_1k",
     ]
+
+
+def test_engines_that_fail_are_told(vllm: Path, tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path / "tiny")
+    result = compare(str(tmp_path / "tiny"), "--vllm", str(vllm), "--no-such-option")
+    assert result.returncode == 1
+    assert "Error: vllm and weft failed" in result.stderr
+
+
+def test_a_vllm_that_is_not_there_is_told_first(tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path / "tiny")
+    result = CliRunner().invoke(main, [str(tmp_path / "tiny"), "--vllm", f"{tmp_path}:/nope"])
+    assert result.exit_code == 2
+    assert "'--vllm'" in result.output
 
 
 def test_ratios_say_how_fast_weft_is() -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from benchmarks.tables import label, main, number
+from click.testing import CliRunner
 
 
-def test_tables_of_every_kind_of_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_of_every_kind_of_file(tmp_path: Path) -> None:
     times = {f"{time}_ms_{kind}": value for time, value in (("ttft", 20.0), ("tpot", 1.5)) for kind in ("mean", "p99")}
     peer = {f"{kind}_{time}_ms": 30.0 for time in ("ttft", "tpot") for kind in ("mean", "p99")}
     contents: dict[str, Any] = {
@@ -36,12 +37,22 @@ def test_tables_of_every_kind_of_file(tmp_path: Path, capsys: pytest.CaptureFixt
     for name, content in contents.items():
         files.append(tmp_path / f"{name}.json")
         files[-1].write_text(json.dumps(content))
-    main(files)
-    lines = capsys.readouterr().out.splitlines()
+    lines = CliRunner().invoke(main, list(map(str, files))).output.splitlines()
     assert "| decode step at context 1k, batch 1, ms | 4.00 | 5.00 | 3.00 | 1.25 | 75% |" in lines
     assert "| k, s | 12.3 | 2.00 | 30 | 50% |" in lines
     assert "| weft_grpc | 64 | 20,000 | 20.0 / 20.0 | 1.50 / 1.50 | 1.50 |" in lines
     assert "| vllm | 64 | 15,000 | 30.0 / 30.0 | 30.0 / 30.0 | – |" in lines
+
+
+@pytest.mark.parametrize(
+    "content", ["", "5", "null", "{}", "[1]", '[{"streams": 1}]', '{"floor": {}}', '{"weft": {}, "floor": {"x": 1}}']
+)
+def test_other_files_are_refused_by_name(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "other.json"
+    file.write_text(content)
+    result = CliRunner().invoke(main, [str(file)])
+    assert result.exit_code == 1
+    assert result.output == f"Error: {file}: is not a file of results, as --help lists them\n"
 
 
 @pytest.mark.parametrize(
