@@ -17,6 +17,7 @@ from weft_frontend.config import FrontendConfig, parse_served_model_names  # noq
 from weft_frontend.ports import check_free  # noqa: E402
 from weft_frontend.workers import run_worker, run_workers  # noqa: E402
 
+_KEY_VARIABLE = "WEFT_API_KEY"
 _PORT = click.IntRange(0, 65535)
 MAX_DEFAULT_WORKERS = 4  # one worker carries about 15,000 tokens/s; four outrun most backends
 
@@ -43,7 +44,7 @@ def _default_workers(grpc_listen: str | None) -> int:
 @click.option("--chat-template", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Jinja file that replaces every model's chat template.")  # fmt: skip
 @click.option("--trust-request-chat-template", is_flag=True, help="Render templates that requests bring.")
-@click.option("--api-key", "api_keys", multiple=True, envvar="WEFT_API_KEY", metavar="KEY", show_envvar=True,
+@click.option("--api-key", "api_keys", multiple=True, envvar=_KEY_VARIABLE, metavar="KEY", show_envvar=True,
               help="Ask clients for this key. Repeatable.")  # fmt: skip
 @click.option("--max-body-bytes", default=2 << 20,
               help="Largest HTTP body or gRPC message.")  # fmt: skip
@@ -59,6 +60,8 @@ def main(
     """Serve text over HTTP and gRPC from backends that serve tokens."""
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
+        if not api_keys and _KEY_VARIABLE in os.environ:  # whoever set it wanted a key
+            raise ValueError(f"{_KEY_VARIABLE} is empty: unset it to ask for no key")
         config = FrontendConfig(
             backends=backends,
             host=host,

@@ -7,6 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+MAX_WORKERS = 256  # each is a process of some 100 MB
+MAX_MESSAGE_BYTES = (1 << 31) - 1  # gRPC's
+MAX_SECONDS = (1 << 32) // 1000  # timeouts go to backends as 32 bits of milliseconds
+
+_ADDRESS = re.compile(r"unix:.+|.+:(\d+)")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontendConfig:
@@ -32,14 +38,22 @@ class FrontendConfig:
             raise ValueError("a frontend needs at least one backend: --backend HOST:PORT")
         if self.http_port is None and self.grpc_address is None:
             raise ValueError("both protocols are off: give --port or --grpc-port")
-        if not re.fullmatch(r"unix:.+|.+:\d+", self.grpc_listen or "unix:/unused"):
+        if not self.host:
+            raise ValueError("--host is empty: 0.0.0.0 is every address of this machine")
+        if self.grpc_listen is not None and not _is_address(self.grpc_listen):
             raise ValueError(f"--grpc-listen takes HOST:PORT or unix:/PATH, not {self.grpc_listen!r}")
+        for target in self.backends:
+            if not _is_address(target) or target.startswith(("http://", "https://")):
+                raise ValueError(f"--backend takes HOST:PORT, dns:///NAME:PORT or unix:/PATH, not {target!r}")
         if len(set(self.ports.values())) < len(self.ports):
             raise ValueError(f"--port and --grpc-port are both {self.http_port}")
-        if self.workers < 1:
-            raise ValueError(f"--workers must be at least 1, not {self.workers}")
-        if self.max_request_bytes < 1:
-            raise ValueError(f"--max-body-bytes must be at least 1, not {self.max_request_bytes}")
+        if any(not key or key != key.strip() for key in self.api_keys):
+            raise ValueError("--api-key: a key must not be empty, and must not begin or end with a space")
+        _check_range("--workers", self.workers, 1, MAX_WORKERS)
+        _check_range("--max-body-bytes", self.max_request_bytes, 1, MAX_MESSAGE_BYTES)
+        _check_range("--drain-timeout", self.drain_timeout, 0, MAX_SECONDS)
+        if self.request_timeout is not None:
+            _check_range("--request-timeout", self.request_timeout, 0.001, MAX_SECONDS)
         if self.workers > 1 and (self.grpc_listen or "").startswith("unix:"):
             raise ValueError("a Unix socket cannot be shared: give --workers 1")
 
@@ -60,6 +74,16 @@ class FrontendConfig:
         addresses = {"--port": self.http_address or "unix:", grpc_flag: self.grpc_address or "unix:"}
         pairs = {flag: text.rpartition(":") for flag, text in addresses.items() if not text.startswith("unix:")}
         return {flag: (host.strip("[]"), int(port)) for flag, (host, _, port) in pairs.items()}
+
+
+def _check_range(flag: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # as NaN is not
+        raise ValueError(f"{flag} {value}: must be in [{low}, {high}]")
+
+
+def _is_address(text: str) -> bool:
+    match = _ADDRESS.fullmatch(text)
+    return match is not None and (match[1] is None or 0 < int(match[1]) < 1 << 16)
 
 
 def _address(host: str, port: int | None) -> str | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 
 BACKLOG = 2048
+
+_OF_THE_PORT = (errno.EADDRINUSE, errno.EACCES)
 
 
 def listener(host: str, port: int, shared: bool) -> socket.socket:
@@ -16,10 +19,13 @@ def listener(host: str, port: int, shared: bool) -> socket.socket:
 
 
 def check_free(flag: str, host: str, port: int) -> None:
-    """Raise OSError, with the port's flag, if anyone has it: sharing would hide that, and gRPC says it at length."""
+    """Raise OSError, with the flag at fault, if anyone has the port: sharing would hide that, and gRPC says it at
+    length. The host is at fault if no port of it could be had."""
     try:
         _bound(host, port, shared=False).close()
     except OSError as error:
+        if flag != "--grpc-listen" and getattr(error.__cause__, "errno", None) not in _OF_THE_PORT:
+            flag = "--host"
         raise OSError(f"{error} ({flag})") from None
 
 
@@ -40,7 +46,7 @@ def _bound(host: str, port: int, shared: bool) -> socket.socket:
                 bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             bound.setblocking(False)
             bound.bind(address)
-        except OSError as error:
-            raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+        except (OSError, UnicodeError) as error:  # the latter for names that no host can have
+            raise OSError(f"cannot listen on {host}:{port}: {getattr(error, 'strerror', error)}") from error
         undo.pop_all()
     return bound

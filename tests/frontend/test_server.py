@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import re
 import signal
@@ -25,6 +26,7 @@ from weft.inference.v1 import inference_pb2 as pb
 from weft.inference.v1 import inference_pb2_grpc
 from weft.testing import FakeBackend
 from weft_frontend.config import FrontendConfig
+from weft_frontend.ports import check_free
 
 COMPLETION = {"prompt": "Hello", "max_tokens": 5}
 
@@ -244,13 +246,52 @@ async def test_a_connection_that_was_open_is_answered_during_the_drain(fake: Fak
     [
         ({"http_port": 7, "grpc_port": 7}, "--port and --grpc-port are both 7"),
         ({"grpc_listen": "here"}, "--grpc-listen takes HOST:PORT or unix:/PATH, not 'here'"),
+        ({"grpc_listen": ""}, "--grpc-listen takes HOST:PORT or unix:/PATH, not ''"),
+        ({"grpc_listen": "localhost:70000"}, "--grpc-listen takes HOST:PORT or unix:/PATH, not 'localhost:70000'"),
+        ({"backends": ("unix:/none", "")}, "--backend takes HOST:PORT, dns:///NAME:PORT or unix:/PATH, not ''"),
+        ({"backends": ("localhost",)}, "not 'localhost'"),
+        ({"backends": ("http://localhost:50052",)}, "not 'http://localhost:50052'"),
+        ({"host": ""}, "--host is empty"),
+        ({"workers": 100_000}, r"--workers 100000: must be in \[1, 256\]"),
+        ({"max_request_bytes": -1}, r"--max-body-bytes -1: must be in \[1, 2147483647\]"),
+        ({"max_request_bytes": 1 << 31}, "--max-body-bytes 2147483648: "),
+        ({"request_timeout": 0.0}, r"--request-timeout 0.0: must be in \[0.001, 4294967\]"),
+        ({"request_timeout": math.nan}, "--request-timeout nan: "),
+        ({"drain_timeout": -1.0}, r"--drain-timeout -1.0: must be in \[0, 4294967\]"),
+        ({"drain_timeout": math.inf}, "--drain-timeout inf: "),
+        ({"api_keys": frozenset({"k", ""})}, "--api-key: a key must not be empty"),
+        ({"api_keys": frozenset({"k\n"})}, "--api-key: .* must not begin or end with a space"),
     ],
 )
-def test_addresses_that_cannot_be_are_refused(settings: Any, message: str) -> None:
+def test_settings_that_cannot_be_are_refused_by_name(settings: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FrontendConfig(backends=("unix:/none",), **settings)
+        FrontendConfig(**({"backends": ("unix:/none",)} | settings))
 
 
-def test_bodies_of_no_bytes_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="--max-body-bytes must be at least 1, not -1"):
-        FrontendConfig(backends=("unix:/none",), max_request_bytes=-1)
+@pytest.mark.parametrize("target", ["10.0.0.1:50052", "[::1]:50052", "dns:///backend:50052", "unix:/a", "unix:///a"])
+def test_targets_of_backends(target: str) -> None:
+    assert FrontendConfig(backends=(target,)).backends == (target,)
+
+
+@pytest.mark.parametrize("value", ["", "  "])
+async def test_an_empty_key_in_the_environment_is_refused(fake: FakeBackend, value: str) -> None:
+    async with frontend(fake, WEFT_API_KEY=value) as process:
+        assert await ready_line(process) == "weft frontend: WEFT_API_KEY is empty: unset it to ask for no key\n"
+        assert await process.wait() == 1
+
+
+@pytest.mark.parametrize("host", ["203.0.113.1", "a..b", "no host"])  # of an example network, so not of this machine
+def test_a_host_that_is_not_ours_is_named(host: str) -> None:
+    with pytest.raises(OSError, match=rf"cannot listen on {re.escape(host)}:8000: .+ \(--host\)$"):
+        check_free("--port", host, 8000)
+    with pytest.raises(OSError, match=r"\(--grpc-listen\)$"):
+        check_free("--grpc-listen", host, 8000)
+
+
+async def test_a_socket_that_cannot_be_is_named(fake: FakeBackend, tmp_path: Path) -> None:
+    address = f"unix:{tmp_path}/none/frontend.sock"
+    async with frontend(fake, "--port", "0", "--grpc-listen", address) as process:
+        async with asyncio.timeout(20):
+            output, _ = await process.communicate()
+        assert output.decode().endswith(f"weft frontend: cannot listen on {address} (--grpc-listen)\n")
+        assert process.returncode == 1

@@ -47,7 +47,10 @@ class GrpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
-        self._server.add_insecure_port(address)
+        try:
+            self._server.add_insecure_port(address)
+        except RuntimeError:  # TCP ports were checked; grpc has written the cause to stderr
+            raise OSError(f"cannot listen on {address} (--grpc-listen)") from None
         self._grace = config.drain_timeout
 
     async def start(self) -> None:
