@@ -45,7 +45,10 @@ class _Command(click.Command):
             raise
 
 
-@click.command(cls=_Command, context_settings={"show_default": True, "max_content_width": 120})
+@click.command(
+    cls=_Command,
+    context_settings={"show_default": True, "max_content_width": 120, "help_option_names": ["-h", "--help"]},
+)
 @click.argument("model", default="")
 @click.option("--served-model-name", help="Name clients use for the model.  [default: last part of MODEL]")
 @click.option("--host", default="127.0.0.1", help="Address to bind. There is no authentication: think before 0.0.0.0.")

@@ -50,9 +50,10 @@ def test_a_reader_that_has_read_enough_is_no_error() -> None:
     assert result.stderr == ""
 
 
+@pytest.mark.parametrize("flag", ["-h", "--help"])
 @pytest.mark.parametrize("service", ["backend", "frontend"])
-def test_services_take_their_own_arguments(service: str) -> None:
-    command = [sys.executable, "-c", "from weft.cli import main; main()", service, "--help"]
+def test_services_take_their_own_arguments(service: str, flag: str) -> None:
+    command = [sys.executable, "-c", "from weft.cli import main; main()", service, flag]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--drain-timeout" in result.stdout
 
@@ -200,6 +201,8 @@ async def test_bench_serve_takes_no_broken_stream_for_a_whole_one(end: bytes) ->
         ["bench", "serve", "--url", "http://localhost:80000"],
         ["serve", "--port", "99999"],
         ["serve", "--grpc-port", "-1"],
+        ["serve", "--drain-timeout", "-1"],
+        ["serve", "--request-timeout", "nan"],
         ["frontend", "--backend", "x", "--port", "99999"],
     ],
 )
