@@ -31,10 +31,6 @@ class PageShape:
         num_elements = self.num_layers * 2 * self.num_kv_heads * self.page_size * self.head_dim
         return num_elements * self.dtype.itemsize
 
-    def num_pages_of(self, num_tokens: int) -> int:
-        """Pages that hold so many tokens of one sequence."""
-        return -(-num_tokens // self.page_size)
-
 
 @dataclass(frozen=True, slots=True)
 class KVCachePlan:
@@ -43,7 +39,8 @@ class KVCachePlan:
     shape: PageShape
     num_pages: int
     num_host_pages: int
-    limited_by: str  # for the error if it is too little: the number, and the flag that changes it
+    limited_by: str  # for the error if it is too little
+    flag: str | None  # that changes the limit, if one does
 
     @property
     def num_tokens(self) -> int:
@@ -52,20 +49,37 @@ class KVCachePlan:
     def check_room(self, max_model_len: int) -> None:
         """Raises StartupError if there is no room, or not for one sequence of ``max_model_len`` tokens."""
         if not self.num_tokens:
-            raise StartupError(f"the KV cache gets no memory ({self.limited_by}): raise --gpu-memory-utilization")
+            raise StartupError(f"the KV cache gets no memory ({self.limited_by}){self._raise(': ')}")
         if self.num_tokens < max_model_len:
             raise StartupError(
                 f"the KV cache has room for {self.num_tokens} tokens ({self.limited_by}), too few for one sequence of "
-                f"{max_model_len}: lower --max-model-len to {self.num_tokens}, or raise --gpu-memory-utilization"
+                f"{max_model_len}: lower --max-model-len to {self.num_tokens}{self._raise(', or ')}"
             )
+
+    def allocate(self, device: torch.device) -> KVCache:
+        """The pages. Raises StartupError if the machine has not so much memory."""
+        try:
+            return KVCache(self.shape, self.num_pages, self.num_host_pages, device)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            size = _gib(self.num_pages * self.shape.num_bytes)
+            hint = f": lower {self.flag}" if self.flag else ""
+            raise StartupError(f"there is no memory for a KV cache of {size} ({self.limited_by}){hint}") from error
+
+    def _raise(self, joint: str) -> str:
+        return f"{joint}raise {self.flag}" if self.flag else ""
+
+
+def plan_of(shape: PageShape, num_pages: int, swap_space: float) -> KVCachePlan:
+    """As many pages as were asked for. Args: ``swap_space`` in GiB."""
+    return KVCachePlan(shape, num_pages, _num_host_pages(shape, swap_space), f"{num_pages} pages", "--num-pages")
 
 
 def plan_for_cpu(shape: PageShape, max_model_len: int, max_num_seqs: int, swap_space: float) -> KVCachePlan:
     """As many pages as the largest batch can use, but at most ``CPU_CACHE_BYTES``. Args: ``swap_space`` in GiB."""
-    wanted = max_num_seqs * shape.num_pages_of(max_model_len)
-    num_pages = min(wanted, CPU_CACHE_BYTES // shape.num_bytes)
+    pages_of_a_sequence = -(-max_model_len // shape.page_size)
+    num_pages = min(max_num_seqs * pages_of_a_sequence, CPU_CACHE_BYTES // shape.num_bytes)
     limit = f"{_gib(CPU_CACHE_BYTES)} on the CPU, {shape.num_bytes} bytes per {shape.page_size} tokens"
-    return KVCachePlan(shape, num_pages, num_host_pages(shape, swap_space), limit)
+    return KVCachePlan(shape, num_pages, _num_host_pages(shape, swap_space), limit, None)
 
 
 def plan_for_cuda(shape: PageShape, device: torch.device, utilization: float, swap_space: float) -> KVCachePlan:
@@ -82,10 +96,10 @@ def plan_for_cuda(shape: PageShape, device: torch.device, utilization: float, sw
         f"{utilization:.0%} of {_gib(total)}, less {_gib(peak)} for weights and the largest step and {_gib(outside)} "
         f"outside of PyTorch; {shape.num_bytes} bytes per {shape.page_size} tokens"
     )
-    return KVCachePlan(shape, num_pages, num_host_pages(shape, swap_space), limit)
+    return KVCachePlan(shape, num_pages, _num_host_pages(shape, swap_space), limit, "--gpu-memory-utilization")
 
 
-def num_host_pages(shape: PageShape, swap_space: float) -> int:
+def _num_host_pages(shape: PageShape, swap_space: float) -> int:
     """Pages in ``swap_space`` GiB of host memory."""
     return int(swap_space * (1 << 30)) // shape.num_bytes
 

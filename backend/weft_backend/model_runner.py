@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weft_backend.batch_state import BatchState
 from weft_backend.cuda_graphs import StepGraphs, StepShape, mixed_shape
-from weft_backend.kv_cache import KVCache, KVCachePlan, PageShape, num_host_pages, plan_for_cpu, plan_for_cuda
+from weft_backend.kv_cache import KVCache, PageShape, plan_for_cpu, plan_for_cuda, plan_of
 from weft_backend.largest_step import largest_step
 from weft_backend.layers import SINGLE, TensorParallel
 from weft_backend.sampler import ROWS_AT_ONCE, LogprobTensors, RowExtras, adjust, score_parts
@@ -118,7 +118,7 @@ class ModelRunner:
         self._graphs: StepGraphs | None = None
         self._cache = KVCache(page_shape, 1, 0, device)  # for the profiling run
         if num_pages is not None:
-            plan = KVCachePlan(page_shape, num_pages, num_host_pages(page_shape, swap_space), f"{num_pages} pages")
+            plan = plan_of(page_shape, num_pages, swap_space)
         elif device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # loading may have taken more than running does
             self.collect(self.launch(largest_step(max_num_seqs, max_num_batched_tokens, max_model_len)))
@@ -128,7 +128,7 @@ class ModelRunner:
         plan = replace(plan, num_pages=tp.least(plan.num_pages))
         self.max_model_len = min(max_model_len, plan.num_tokens) if may_shorten else max_model_len
         plan.check_room(self.max_model_len)
-        self._cache = KVCache(page_shape, plan.num_pages, plan.num_host_pages, device)
+        self._cache = plan.allocate(device)
         if device.type == "cuda" and not enforce_eager:
             self._graphs = self._capture(max_num_batched_tokens)
 
@@ -182,7 +182,7 @@ class ModelRunner:
             scores.indices[0]: scores.tensors.numpy(0, len(scores.tensors.token_ranks), scores.num_top[0])
             for scores in launched.prompt_logprobs
         }
-        return StepResult(launched.plan.step, token_ids, finish_codes, logprobs, prompt_logprobs)
+        return StepResult(token_ids, finish_codes, logprobs, prompt_logprobs)
 
     def _load(self, plan: StepPlan) -> tuple[Samples, HostBuffer]:
         """Bring the plan to the device, in one copy; before it, what that has no room for."""

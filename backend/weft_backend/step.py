@@ -113,12 +113,11 @@ class TokenLogprobs:
 class StepResult:
     """What a step gave, by the plan's rows."""
 
-    step: int
     token_ids: Int32Array  # [B]; -1 where the row does not sample
     finish_codes: NDArray[np.uint8]  # [B] FinishCode
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by index in the plan, T = 1
-    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by index in the plan: entry t scores the
-    # prompt token at start_positions[i] + t + 1; T = query_len, or one less in the chunk that ends the prompt
+    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by index in the plan, for
+    # ``StepPlan.scored_chunks``: entry t scores the prompt token at start_positions[i] + t + 1, T = num_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,9 +63,9 @@ class FakeRunner:
     def collect(self, launched: StepPlan) -> StepResult:
         """The step's tokens."""
         plan = launched
-        result = StepResult(
-            plan.step, np.full(len(plan.rows), -1, np.int32), np.zeros(len(plan.rows), np.uint8), {}, {}
-        )
+        result = StepResult(np.full(len(plan.rows), -1, np.int32), np.zeros(len(plan.rows), np.uint8))
+        for place, _, num_tokens, num_top in plan.scored_chunks():
+            result.prompt_logprobs[place] = fake_logprobs(num_tokens, num_top)
         for index in range(len(plan.sequences)):
             self._collect_row(plan, index, result)
         return result
@@ -75,9 +75,6 @@ class FakeRunner:
         request = sequence.request
         sampling = request.sampling
         end = int(plan.start_positions[index] + plan.query_lens[index])
-        if sampling.prompt_logprobs is not None and end <= request.prompt_len:
-            num_scored = int(plan.query_lens[index]) - (end == request.prompt_len)
-            result.prompt_logprobs[index] = fake_logprobs(num_scored, sampling.prompt_logprobs)
         if not plan.samples[index]:
             return
         token_index = end - request.num_prompt_tokens

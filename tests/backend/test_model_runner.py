@@ -318,16 +318,23 @@ def test_the_cpu_cache_holds_the_largest_batch_if_it_can() -> None:
     plan = plan_for_cpu(large, max_model_len=131072, max_num_seqs=256, swap_space=1)
     assert large.num_bytes == 2 << 20
     assert (plan.num_pages, plan.num_host_pages) == (1024, 512)
-    with pytest.raises(StartupError, match=r"room for 16384 tokens.*131072.*--max-model-len"):
+    with pytest.raises(StartupError, match=r"room for 16384 tokens.*131072: lower --max-model-len to 16384$"):
         plan.check_room(131072)
 
 
 def test_a_model_length_that_does_not_fit_is_refused_or_shortened() -> None:
-    with pytest.raises(StartupError, match=r"room for 40 tokens.*--max-model-len"):
+    with pytest.raises(
+        StartupError, match=r"room for 40 tokens \(10 pages\).*--max-model-len to 40, or raise --num-pages$"
+    ):
         make_runner(num_pages=10)
     assert make_runner(num_pages=10, may_shorten=True).max_model_len == 40
-    with pytest.raises(StartupError, match=r"gets no memory.*--gpu-memory-utilization"):
+    with pytest.raises(StartupError, match=r"gets no memory.*--num-pages"):
         make_runner(num_pages=0, may_shorten=True)
+
+
+def test_more_pages_than_the_machine_has_memory_for_are_refused() -> None:
+    with pytest.raises(StartupError, match=r"no memory for a KV cache of .* GiB .*: lower --num-pages"):
+        make_runner(num_pages=10**12)
 
 
 def test_the_largest_step_runs_on_one_page() -> None:

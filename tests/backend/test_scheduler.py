@@ -47,7 +47,7 @@ class SimulatedDevice:
         columns = zip(plan.rows, plan.start_positions, plan.query_lens, plan.samples, strict=True)
         results = [self._row(*row) for row in columns]
         return StepResult(
-            plan.step, np.array([token for token, _ in results], np.int32), np.array([c for _, c in results], np.uint8)
+            np.array([token for token, _ in results], np.int32), np.array([code for _, code in results], np.uint8)
         )
 
     def _row(self, row: int, start: int, query_len: int, samples: bool) -> tuple[int, int]:
@@ -261,7 +261,7 @@ def test_priority_goes_first() -> None:
 def nan(plan: StepPlan) -> StepResult:
     """What a step gives whose logits are not finite."""
     finish_codes = np.where(plan.samples, np.uint8(FinishCode.NAN), np.uint8(FinishCode.RUNNING))
-    return StepResult(plan.step, np.full(len(plan.rows), -1, np.int32), finish_codes)
+    return StepResult(np.full(len(plan.rows), -1, np.int32), finish_codes)
 
 
 def fail(drive: Drive) -> StepOutput:
@@ -290,7 +290,9 @@ def test_pages_that_a_failed_choice_shares_are_not_matched() -> None:
     drive.step()
     prefill = drive.scheduler.schedule()
     forked = drive.scheduler.schedule()
-    assert prefill is not None and forked is not None and len(forked.rows) == 2
+    assert prefill is not None
+    assert forked is not None
+    assert len(forked.rows) == 2
     drive.scheduler.retire(prefill, nan(prefill))
     drive.scheduler.cancel(request)
     again = drive.add(1, [9] * 13)

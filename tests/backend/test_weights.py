@@ -13,9 +13,10 @@ from torch import Tensor
 from weft_backend.checkpoint import CheckpointError, model_hash, resolve_checkpoint, weight_files
 from weft_backend.config_fields import ConfigError
 from weft_backend.errors import StartupError
-from weft_backend.layers import TensorParallel
+from weft_backend.layers import TensorParallel, VocabParallelEmbedding
 from weft_backend.model_config import load_model_config
 from weft_backend.models import Model, load_model
+from weft_backend.weights import load_weights
 
 CPU = torch.device("cpu")
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -188,6 +189,17 @@ def test_an_unknown_load_format(llama: Path) -> None:
 def test_heads_that_ranks_cannot_share(llama: Path) -> None:
     with pytest.raises(StartupError, match=r"^--tensor-parallel-size 4: does not divide num_key_value_heads, 2"):
         load_model(load_model_config(llama), llama, device=CPU, tp=TensorParallel(0, 4))
+
+
+def test_ranks_beyond_the_end_of_the_vocabulary_hold_none_of_it(tmp_path: Path) -> None:
+    stored = torch.arange(10.0).view(5, 2)
+    save_file({"embed.weight": stored}, tmp_path / "model.safetensors")
+    held = []
+    for rank in range(4):
+        embedding = VocabParallelEmbedding(5, 2, TensorParallel(rank, 4))
+        load_weights(embedding.sources("embed"), tmp_path)
+        held.append(embedding.weight)
+    assert torch.equal(torch.cat(held)[:5], stored)
 
 
 def test_resolve_a_folder(llama: Path, tmp_path: Path) -> None:

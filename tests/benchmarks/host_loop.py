@@ -43,7 +43,7 @@ class InstantRunner:
             self._max_lens[sequence.row] = sequence.request.num_prompt_tokens + sequence.request.sampling.max_tokens
         lens = plan.start_positions + plan.query_lens + 1
         codes = np.where(plan.samples & (lens >= self._max_lens[plan.rows]), FinishCode.LENGTH, FinishCode.RUNNING)
-        return StepResult(plan.step, np.where(plan.samples, 7, -1).astype(np.int32), codes.astype(np.uint8))
+        return StepResult(np.where(plan.samples, 7, -1).astype(np.int32), codes.astype(np.uint8))
 
     def collect(self, launched: StepResult) -> StepResult:
         """The same."""

@@ -14,7 +14,7 @@ from weft_backend.layers.parameter import Layer, Source, parameter, whole
 class VocabParallelEmbedding(Layer):
     """A matrix [V, H] split over ranks by tokens: it embeds token ids, or, as an output head, scores them.
 
-    If the vocabulary is no multiple of the ranks, the last rank's share ends in rows that nothing fills or reads.
+    If the vocabulary is no multiple of the ranks, the last ranks' shares end in rows that nothing fills or reads.
     """
 
     def __init__(self, vocab_size: int, size: int, tp: TensorParallel) -> None:
@@ -44,10 +44,8 @@ class VocabParallelEmbedding(Layer):
 
     def sources(self, path: str) -> Iterator[Source]:
         num_tokens, size = self.weight.shape
-        last = min(self._first + num_tokens, self._vocab_size)
-        held = max(last - self._first, 0)
-        region = (slice(self._first, self._first + held),)
-        yield Source(f"{path}.weight", (self._vocab_size, size), region, self.weight[:held])
+        first, end = (min(token, self._vocab_size) for token in (self._first, self._first + num_tokens))
+        yield Source(f"{path}.weight", (self._vocab_size, size), (slice(first, end),), self.weight[: end - first])
 
 
 class LearnedPositions(Layer):

@@ -42,8 +42,8 @@ class Source:
     def is_finite(self) -> bool:
         """Whether all values are; after ``fill``."""
         # The extremes carry any NaN or infinity: 9 ms for 134 MB on two cores, where isfinite takes 218.
-        extremes = torch.stack(torch.aminmax(self.target if self.scale is None else self.scale))
-        return bool(extremes.isfinite().all())
+        values = self.target if self.scale is None else self.scale
+        return values.numel() == 0 or bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
 def parameter(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
