@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from itertools import count
+from itertools import chain, repeat
 from typing import Any
 
 from google.rpc.code_pb2 import RESOURCE_EXHAUSTED
@@ -20,6 +20,7 @@ from weft.engine.v1.engine_pb2 import Heartbeat, SessionResponse
 from weft_backend.errors import Refusal, broken_protocol, unavailable
 
 MAX_UNSENT_FRAMES = 1 << 16  # load reports and failures need no acknowledgement; a refused burst is far smaller
+LAST_ID = (1 << 31) - 1  # the scheduler keeps ids in int32
 Write = Callable[[bytes], Awaitable[None]]
 _HEARTBEAT = SessionResponse(heartbeat=Heartbeat()).SerializeToString()
 
@@ -99,7 +100,7 @@ class Sessions:
         self.ack_window = ack_window
         self.session_timeout = session_timeout
         self._heartbeat_interval = heartbeat_interval
-        self._ids = count(1)
+        self._ids = chain.from_iterable(repeat(range(1, LAST_ID + 1)))
         self._sessions: dict[int, OpenSession] = {}
         self._streams: dict[int, OpenSession] = {}  # those of frontends: they get load reports and must show life
 
@@ -108,7 +109,8 @@ class Sessions:
 
     def open(self, *, stream: bool) -> OpenSession:
         """A new session: of a frontend's stream, or of one Generate call."""
-        session = OpenSession(next(self._ids), self.ack_window)
+        free = next(number for number in self._ids if number not in self._sessions)
+        session = OpenSession(free, self.ack_window)
         self._sessions[session.id] = session
         if stream:
             self._streams[session.id] = session

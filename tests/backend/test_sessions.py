@@ -6,6 +6,7 @@ import pytest
 from google.rpc.code_pb2 import INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNAVAILABLE
 
 from weft.engine.v1.engine_pb2 import SessionResponse
+from weft_backend import sessions as sessions_module
 from weft_backend.errors import Refusal, unavailable
 from weft_backend.sessions import MAX_UNSENT_FRAMES, OpenSession, Sessions
 
@@ -124,3 +125,13 @@ async def test_broadcast_reaches_frontends_only() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
     assert written == {frontend.id: [b"load"], generate.id: []}
     assert sessions.get(frontend.id) is None
+
+
+async def test_ids_begin_again_and_leave_out_those_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions_module, "LAST_ID", 3)
+    sessions = make_sessions()
+    first, second, third = (sessions.open(stream=True) for _ in range(3))
+    assert [first.id, second.id, third.id] == [1, 2, 3]
+    sessions.close(first)
+    sessions.close(third)
+    assert [sessions.open(stream=False).id for _ in range(2)] == [1, 3]
