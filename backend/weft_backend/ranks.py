@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
-from typing import Any, Protocol
+from typing import Any
 
+from weft_backend.engine import Runner
 from weft_backend.engine_host import follow_parent
 from weft_backend.errors import StartupError
 from weft_backend.sequence import Sequence
@@ -26,16 +27,6 @@ from weft_backend.step import StepPlan, StepResult
 
 _log = logging.getLogger(__name__)
 _SECONDS_TO_BLAME = 2.0  # for the end of a rank to be noticed, if that is why a step failed here
-
-
-class Runner(Protocol):
-    """Runs steps: what ``model_runner.ModelRunner`` is."""
-
-    def launch(self, plan: StepPlan) -> Any:
-        """Start a step."""
-
-    def collect(self, launched: Any) -> StepResult:
-        """Wait for a launched step."""
 
 
 class Followers:

@@ -1,7 +1,7 @@
 """What sampling does beyond the fused kernel: penalties, bias, masks and log-probabilities, for the rows that ask.
 
-The scheduler's side of the process knows which rows ask for what (``RowExtras``), so a batch in which none does costs
-nothing here. Everything is torch on the device and waits for nothing. Rows are worked on ``ROWS_AT_ONCE`` at a time,
+The model runner knows on the host which rows ask for what (``RowExtras``), so a batch in which none does costs nothing
+here. Everything is torch on the device and waits for nothing. Rows are worked on ``ROWS_AT_ONCE`` at a time,
 which bounds the working memory by a few times ``ROWS_AT_ONCE * vocab_size`` floats.
 """
 

@@ -2,8 +2,9 @@
 
 Rows that decode come first and get a token each; they are arrays (``row_table``), and only where a row needs a page is
 its sequence looked at. Then prefill chunks, oldest first, share what is left of the token budget, then waiting
-sequences are admitted. When pages run out, the newest running sequence is preempted: its pages go to the prefix cache,
-and it waits to be admitted again with the tokens it has; one still in flight will be sampled again.
+sequences are admitted. When pages run out, the running sequence that is last in order (lowest priority, then newest) is
+preempted: its pages go to the prefix cache, and it waits to be admitted again with the tokens it has; one still in
+flight will be sampled again.
 
 Pages are released as soon as a sequence ends, though a launched step may still write to them: steps run in order, so
 whoever gets such a page writes it, and reads it, in a later step.
@@ -216,7 +217,7 @@ class Scheduler:
     def _start(self, sequence: Sequence, draft: Draft) -> bool:
         """Give a waiting sequence its cached pages and new ones for all its tokens; False if there are too few."""
         match = self.cache.match(sequence)
-        num_pages = self._num_pages(len(sequence.token_ids))
+        num_pages = -(-len(sequence.token_ids) // self.block_size)
         num_idle = sum(self.pool.num_references(page) == 0 for page in match.device_pages)
         if not self._has_room(num_pages - len(match.device_pages) + num_idle):
             return False
@@ -250,9 +251,6 @@ class Scheduler:
     def _has_room(self, num_pages: int) -> bool:
         """Whether so many pages leave one for each running sequence to grow into; else admission would soon preempt."""
         return num_pages + self.rows.num_taken <= self.pool.num_free
-
-    def _num_pages(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
 
     # A step's end
 

@@ -2,7 +2,8 @@
 
 Sizes in the signatures: ``T`` tokens, ``B`` rows, ``S`` sampled rows, ``H`` hidden size, ``I`` intermediate size,
 ``Hq`` and ``Hkv`` query and key-value heads, ``D`` head dim, ``P`` pages, ``V`` vocabulary. Tensors are contiguous and
-on one device; activations, weights and caches are float32, bfloat16 or float16, and sums are accumulated in float32.
+on one device; activations are float32, bfloat16 or float16, weights and caches the same or float8_e4m3fn, to which
+values are clamped at ±448. Sums are accumulated in float32.
 
 The CUDA implementation never waits for the device and takes its grids from shapes and from the layout's host integers,
 so every operation may be captured in a CUDA graph.
