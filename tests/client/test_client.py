@@ -48,6 +48,44 @@ def test_a_single_prompt_of_any_kind(target: str, prompt: Any) -> None:
         assert [choice.text for choice in client.generate(prompt, GREEDY).choices] == ["abab"]
 
 
+BAD_CALLS: list[tuple[str, Any, dict[str, Any], str]] = [  # method, argument, options, error
+    ("generate", 5, {}, "prompts: must be text"),
+    ("generate", b"ab", {}, "prompts: must be text"),
+    ("generate", ["a", 5], {}, r"prompts\[1\]: must be text"),
+    ("generate", [{"prompt": "a", "image": 1}], {}, r"prompts\[0\]: must be text"),
+    ("generate", [1, "a"], {}, r"prompts\[0\]: wrong type: 'str'"),
+    ("generate", "\ud800", {}, r"prompts\[0\]: 'utf-8' codec"),
+    ("generate", "a", {"sampling": {"top_p": 1}}, "sampling: wrong type: 'dict'"),
+    ("generate", "a", {"priority": "high"}, "priority: wrong type: 'str'"),
+    ("generate", "a", {"model": 5}, "model: wrong type"),
+    ("generate", "a", {"timeout": "5"}, "timeout: wrong type"),
+    ("chat", "hi", {}, 'messages: must be a list of dicts with "role" and "content"'),
+    ("chat", {"role": "user", "content": "hi"}, {}, "messages: must be a list"),
+    ("chat", ["hi"], {}, r"messages\[0\]: wrong type: must be a dict"),
+    ("chat", [{"role": "user", "content": [{"type": "image_url"}]}], {}, r"messages\[0\]: lacks 'text'"),
+    ("chat", [], {"tools": [{}]}, "tools: lacks 'function'"),
+    ("chat", [], {"tool_choice": "sometimes"}, "tool_choice: must be one of none, auto, required"),
+    ("chat", [], {"template_args": 5}, "template_args: wrong type"),
+    ("tokenize", 5, {}, "text: wrong type"),
+    ("detokenize", 5, {}, "token_ids: wrong type"),
+]
+
+
+@pytest.mark.parametrize(("method", "argument", "options", "error"), BAD_CALLS)
+async def test_what_cannot_be_sent_is_named(method: str, argument: Any, options: dict[str, Any], error: str) -> None:
+    with Client("unix:none") as client, pytest.raises(InvalidRequest, match=f"^{error}"):
+        getattr(client, method)(argument, **options)
+    async with AsyncClient("unix:none") as aio_client:
+        with pytest.raises(InvalidRequest, match=f"^{error}"):
+            await getattr(aio_client, method)(argument, **options)
+
+
+@pytest.mark.parametrize("method", ["generate", "chat", "tokenize", "tokenize_chat", "detokenize"])
+def test_options_that_there_are_not(method: str) -> None:
+    with Client("unix:none") as client, pytest.raises(TypeError, match=r"^there is no option max_tokens; there are "):
+        getattr(client, method)([], max_tokens=5)
+
+
 def test_streams(target: str) -> None:
     with Client(target) as client:
         texts = [part.choices[0].text for part in client.stream_generate("xyz", GREEDY)]

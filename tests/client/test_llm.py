@@ -10,7 +10,6 @@ import pytest
 from weft import LLM, SamplingParams
 from weft.calls import PromptLike
 from weft.errors import InvalidRequest
-from weft.limits import InvalidField
 
 
 @pytest.fixture
@@ -37,7 +36,7 @@ def test_one_params_for_each(llm: LLM, service: Any) -> None:
         assert output.outputs[0].text == f"{i:02}{i:02}"[: 1 + i % 3]
     streams = [request for request in service.requests if request.DESCRIPTOR.name == "StreamGenerateRequest"]
     assert len(streams) == 6, "prompts of equal parameters share a stream"
-    with pytest.raises(ValueError, match="2 for 1 prompts"):
+    with pytest.raises(InvalidRequest, match="2 for 1 prompts"):
         llm.generate(["a"], params[:2])
 
 
@@ -78,11 +77,26 @@ def test_the_bar_counts_requests_and_tokens(llm: LLM, capsys: pytest.CaptureFixt
         ([[97], []], r"prompts\[1\]: must not be empty"),
         ([[97], [256]], r"prompts\[1\]: ids must be in \[0, 255\]"),
         ([[1] * 64], r"prompts\[0\]: has 64 tokens; this model takes at most 63"),
+        (5, "prompts: must be text, token ids, or a dict"),
+        (["a", None], r"prompts\[1\]: must be text"),
+        (["a", [-1]], r"prompts\[1\]: Value out of range"),
     ],
 )
 def test_bad_prompts_are_named_by_their_place(llm: LLM, prompts: Any, message: str) -> None:
-    with pytest.raises(InvalidField, match=message):
+    with pytest.raises(InvalidRequest, match=f"^{message}"):
         llm.generate(prompts, use_tqdm=False)
+
+
+@pytest.mark.parametrize("messages", ["hi", 5, None, {"role": "user", "content": "hi"}, ["hi"], [["hi"]]])
+def test_what_is_no_conversation_is_refused(llm: LLM, messages: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"^messages.*: must be a .*dict"):
+        llm.chat(messages)
+
+
+@pytest.mark.parametrize("params", [5, {"temperature": 0}, [None], "a"])
+def test_parameters_of_a_wrong_type_are_refused(llm: LLM, params: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"^sampling_params: must be SamplingParams"):
+        llm.generate("a", params)
 
 
 def test_an_error_of_the_service_is_raised_and_the_llm_lives(llm: LLM, service: Any) -> None:
@@ -104,7 +118,7 @@ async def test_it_works_where_a_loop_runs(target: str) -> None:
 
 
 def test_an_unknown_model_and_useless_options_are_refused(target: str) -> None:
-    with pytest.raises(ValueError, match="echo"):
+    with pytest.raises(InvalidRequest, match="echo"):
         LLM("other", target=target)
     with pytest.raises(TypeError, match="dtype"):
         LLM(target=target, dtype="float32")

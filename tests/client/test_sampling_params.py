@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from weft import SamplingParams, StructuredOutputs
+from weft.errors import InvalidRequest
 from weft.inference.v1 import sampling_pb2
 
 
@@ -52,31 +53,31 @@ def test_grammars(grammar: StructuredOutputs, name: str) -> None:
 
 @pytest.mark.parametrize("both", [{}, {"regex": "a", "grammar": "b"}])
 def test_exactly_one_grammar(both: Any) -> None:
-    with pytest.raises(ValueError, match="exactly one"):
+    with pytest.raises(InvalidRequest, match="exactly one"):
         StructuredOutputs(**both)
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "kind"),
+    ("name", "value"),
     [
-        ("temperature", "hot", TypeError),
-        ("temperature", True, TypeError),
-        ("n", 1.5, TypeError),
-        ("n", -1, ValueError),
-        ("n", True, TypeError),
-        ("max_tokens", 2**63, ValueError),
-        ("seed", 2**70, ValueError),
-        ("ignore_eos", 1, TypeError),
-        ("stop", 3, TypeError),
-        ("stop", [1], TypeError),
-        ("stop_token_ids", "12", TypeError),
-        ("stop_token_ids", [-1], ValueError),
-        ("bad_words", "word", TypeError),
-        ("logit_bias", {"a": 1.0}, TypeError),
-        ("logit_bias", [1], TypeError),
-        ("structured_outputs", "regex", TypeError),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("n", 1.5),
+        ("n", -1),
+        ("n", True),
+        ("max_tokens", 2**63),
+        ("seed", 2**70),
+        ("ignore_eos", 1),
+        ("stop", 3),
+        ("stop", [1]),
+        ("stop_token_ids", "12"),
+        ("stop_token_ids", [-1]),
+        ("bad_words", "word"),
+        ("logit_bias", {"a": 1.0}),
+        ("logit_bias", [1]),
+        ("structured_outputs", "regex"),
     ],
 )
-def test_wrong_values_are_named(name: str, value: Any, kind: type[Exception]) -> None:
-    with pytest.raises(kind, match=f"^{name}: "):
+def test_wrong_values_are_named(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{name}: "):
         SamplingParams(**{name: value})

@@ -1,22 +1,27 @@
-"""The calls of the public contract, built from plain Python values: what the sync and the async client share."""
+"""The calls of the public contract, built from plain Python values: what the sync and the async client share.
+
+What cannot be sent raises InvalidRequest, which names the argument, and an option that there is not TypeError.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypedDict, TypeVar
 
 from google.protobuf.message import Message
-from google.protobuf.struct_pb2 import Struct
 
 from weft.conversation import MessageLike, ToolLike, as_message, as_tool, as_tool_choice
+from weft.errors import naming, refused
 from weft.inference.v1 import inference_pb2 as pb
+from weft.inference.v1 import sampling_pb2
 from weft.sampling_params import SamplingParams
 
 SERVICE = "weft.inference.v1.InferenceService"
 
 # Text, token ids, or a dict with "prompt" or "prompt_token_ids".
 PromptLike = str | Sequence[int] | Mapping[str, Any]
+_PROMPT = 'must be text, token ids, or a dict with "prompt" or "prompt_token_ids" and nothing else'
 
 Response = TypeVar("Response", bound=Message)
 
@@ -90,28 +95,30 @@ def chat(
     messages: Sequence[MessageLike], sampling: SamplingParams | None, options: ChatOptions
 ) -> Call[pb.ChatResponse]:
     """Answer a conversation."""
-    return Call("Chat", _chat_request(messages, sampling, options), pb.ChatResponse, options.get("timeout"))
+    request = _chat_request(messages, sampling, options, ChatOptions.__optional_keys__)
+    return Call("Chat", request, pb.ChatResponse, options.get("timeout"))
 
 
 def stream_chat(
     messages: Sequence[MessageLike], sampling: SamplingParams | None, options: ChatOptions
 ) -> Call[pb.StreamChatResponse]:
     """Answer a conversation, in a stream."""
-    request = pb.StreamChatRequest(request=_chat_request(messages, sampling, options))
+    request = pb.StreamChatRequest(request=_chat_request(messages, sampling, options, ChatOptions.__optional_keys__))
     return Call("StreamChat", request, pb.StreamChatResponse, options.get("timeout"))
 
 
 def tokenize(text: str, add_special_tokens: bool | None, options: CallOptions) -> Call[pb.TokenizeResponse]:
     """Text to token ids."""
-    request = pb.TokenizeRequest(model=options.get("model", ""), text=text)
-    if add_special_tokens is not None:
-        request.add_special_tokens = add_special_tokens
+    request = pb.TokenizeRequest()
+    _set_options(request, options, CallOptions.__optional_keys__)
+    _set(request, {"text": text, "add_special_tokens": add_special_tokens})
     return Call("Tokenize", request, pb.TokenizeResponse, options.get("timeout"))
 
 
 def tokenize_chat(messages: Sequence[MessageLike], options: TemplateOptions) -> Call[pb.TokenizeResponse]:
     """A conversation, through its template, to token ids."""
-    request = pb.TokenizeRequest(model=options.get("model", ""), chat=_chat_request(messages, None, options))
+    chat = _chat_request(messages, None, options, TemplateOptions.__optional_keys__)
+    request = pb.TokenizeRequest(model=chat.model, chat=chat)
     return Call("Tokenize", request, pb.TokenizeResponse, options.get("timeout"))
 
 
@@ -119,9 +126,11 @@ def detokenize(
     token_ids: Sequence[int], skip_special_tokens: bool, options: CallOptions
 ) -> Call[pb.DetokenizeResponse]:
     """Token ids to text."""
-    request = pb.DetokenizeRequest(
-        model=options.get("model", ""), token_ids=token_ids, skip_special_tokens=skip_special_tokens
-    )
+    request = pb.DetokenizeRequest()
+    _set_options(request, options, CallOptions.__optional_keys__)
+    _set(request, {"skip_special_tokens": skip_special_tokens})
+    with naming("token_ids"):
+        request.token_ids.extend(token_ids)
     return Call("Detokenize", request, pb.DetokenizeResponse, options.get("timeout"))
 
 
@@ -132,63 +141,97 @@ def list_models() -> Call[pb.ListModelsResponse]:
 
 def as_list(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
     """One prompt or several, as a list; a list of integers is one prompt."""
-    if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        raise refused("prompts", f"{_PROMPT}, or a list of these")
+    return [prompts] if prompts and isinstance(prompts[0], int) else list(prompts)  # type: ignore[list-item, arg-type]
 
 
-def prompt_parts(prompt: PromptLike) -> tuple[str | None, Sequence[int] | None]:
-    """A prompt's text and its token ids, of which one or both are set. Raises TypeError."""
-    if isinstance(prompt, str):
-        return prompt, None
+def prompt_parts(prompt: PromptLike, field: str) -> tuple[str | None, pb.TokenIds | None]:
+    """A prompt's text and its token ids, of which one or both are set."""
     if not isinstance(prompt, Mapping):
-        return None, prompt
+        prompt = {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
     text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-    if text is None and token_ids is None:
-        raise TypeError('prompts: a dict needs "prompt" or "prompt_token_ids"')
-    return text, token_ids
+    if (
+        prompt.keys() - {"prompt", "prompt_token_ids"}
+        or (text is None and token_ids is None)
+        or not isinstance(text, str | None)
+        or not isinstance(token_ids, Iterable | None)
+        or isinstance(token_ids, str | bytes)
+    ):
+        raise refused(field, _PROMPT)
+    with naming(field):
+        return text, None if token_ids is None else pb.TokenIds(ids=token_ids)
 
 
-def _as_prompt(prompt: PromptLike) -> pb.Prompt:
-    text, token_ids = prompt_parts(prompt)
-    return pb.Prompt(text=text) if token_ids is None else pb.Prompt(token_ids=pb.TokenIds(ids=token_ids))
+def check_messages(messages: object) -> None:
+    """Refuse what is no list."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise refused("messages", 'must be a list of dicts with "role" and "content"')
 
 
-_REQUEST_OPTIONS = ("request_id", "priority", "cache_salt", "adapter", "user")
+def _as_prompt(prompt: PromptLike, field: str) -> pb.Prompt:
+    text, token_ids = prompt_parts(prompt, field)
+    with naming(field):
+        return pb.Prompt(text=text) if token_ids is None else pb.Prompt(token_ids=token_ids)
 
 
-def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], pb.RequestOptions]:
-    """The options that are fields of the request, and those that are fields of its RequestOptions."""
-    common = {name: options[name] for name in _REQUEST_OPTIONS if name in options}
-    fields = {name: value for name, value in options.items() if name not in common and name != "timeout"}
-    return fields, pb.RequestOptions(**common)
+def _as_sampling(sampling: SamplingParams | None) -> sampling_pb2.SamplingParams | None:
+    with naming("sampling"):
+        return None if sampling is None else sampling.to_proto()
+
+
+_REQUEST_OPTIONS = frozenset(pb.RequestOptions.DESCRIPTOR.fields_by_name)
+_NO_FIELDS = {"timeout", "tools", "tool_choice", "template_args"}  # that are set as they are
+
+
+def _set_options(request: Any, options: Mapping[str, object], known: frozenset[str]) -> None:
+    """Set the options that are fields of the request, and those that are fields of its RequestOptions."""
+    if unknown := options.keys() - known:
+        raise TypeError(f"there is no option {min(unknown)}; there are {', '.join(sorted(known))}")
+    fields = {name: value for name, value in options.items() if name not in _NO_FIELDS}
+    _set(request, {name: value for name, value in fields.items() if name not in _REQUEST_OPTIONS})
+    if common := {name: value for name, value in fields.items() if name in _REQUEST_OPTIONS}:
+        _set(request.options, common)
+
+
+def _set(message: Message, fields: Mapping[str, object]) -> None:
+    """Set scalar fields; None leaves one unset."""
+    for name, value in fields.items():
+        if value is not None:
+            with naming(name):
+                setattr(message, name, value)
 
 
 def _generate_request(
     prompts: PromptLike | Sequence[PromptLike], sampling: SamplingParams | None, options: RequestOptions
 ) -> pb.GenerateRequest:
-    fields, common = _split(options)
-    return pb.GenerateRequest(
-        prompts=[_as_prompt(prompt) for prompt in as_list(prompts)],
-        sampling=sampling.to_proto() if sampling else None,
-        options=common,
-        **fields,
+    request = pb.GenerateRequest(
+        prompts=[_as_prompt(prompt, f"prompts[{index}]") for index, prompt in enumerate(as_list(prompts))],
+        sampling=_as_sampling(sampling),
     )
+    _set_options(request, options, RequestOptions.__optional_keys__)
+    return request
 
 
 def _chat_request(
-    messages: Sequence[MessageLike], sampling: SamplingParams | None, options: ChatOptions | TemplateOptions
+    messages: Sequence[MessageLike],
+    sampling: SamplingParams | None,
+    options: Mapping[str, Any],
+    known: frozenset[str],
 ) -> pb.ChatRequest:
-    fields, common = _split(options)
-    tools, choice = fields.pop("tools", ()), fields.pop("tool_choice", None)
-    template_args = Struct()
-    template_args.update(fields.pop("template_args", {}))
-    return pb.ChatRequest(
-        messages=[as_message(message) for message in messages],
-        sampling=sampling.to_proto() if sampling else None,
-        tools=[as_tool(tool) for tool in tools],
-        tool_choice=None if choice is None else as_tool_choice(choice),
-        template_args=template_args,
-        options=common,
-        **fields,
-    )
+    check_messages(messages)
+    request = pb.ChatRequest(sampling=_as_sampling(sampling))
+    _set_options(request, options, known)
+    for index, message in enumerate(messages):
+        with naming(f"messages[{index}]"):
+            request.messages.append(as_message(message))
+    with naming("tools"):
+        request.tools.extend(as_tool(tool) for tool in options.get("tools") or ())
+    with naming("template_args"):
+        request.template_args.update(options.get("template_args") or {})
+    with naming("tool_choice"):
+        if options.get("tool_choice") is not None:
+            request.tool_choice.CopyFrom(as_tool_choice(options["tool_choice"]))
+    return request

@@ -14,11 +14,15 @@ MessageLike = pb.Message | Mapping[str, Any]
 # The tool itself, or a dict as in OpenAI's API: {"type": "function", "function": {…}}.
 ToolLike = pb.Tool | Mapping[str, Any]
 
+_RULES = ("none", "auto", "required")
+
 
 def as_message(message: MessageLike) -> pb.Message:
     """A message; content in parts is joined, and every part must be text. Raises TypeError, ValueError, KeyError."""
     if isinstance(message, pb.Message):
         return message
+    if not isinstance(message, Mapping):
+        raise TypeError('must be a dict with "role" and "content"')
     fields = dict(message)
     content = fields.pop("content", None) or ""
     if not isinstance(content, str):
@@ -28,7 +32,7 @@ def as_message(message: MessageLike) -> pb.Message:
 
 
 def as_tool(tool: ToolLike) -> pb.Tool:
-    """A tool; its parameters become JSON text."""
+    """A tool; its parameters become JSON text. Raises TypeError, ValueError, KeyError."""
     if isinstance(tool, pb.Tool):
         return tool
     fields = dict(tool["function"])
@@ -37,8 +41,10 @@ def as_tool(tool: ToolLike) -> pb.Tool:
 
 
 def as_tool_choice(choice: str | Mapping[str, Any]) -> pb.ToolChoice:
-    """A rule ("none", "auto", "required") or a function. Raises ValueError for another rule."""
+    """A rule ("none", "auto", "required") or a function. Raises TypeError, ValueError, KeyError."""
     if isinstance(choice, str):
+        if choice not in _RULES:
+            raise ValueError(f"must be one of {', '.join(_RULES)}, or a function")
         return pb.ToolChoice(mode=f"MODE_{choice.upper()}")
     return pb.ToolChoice(name=choice["function"]["name"])
 

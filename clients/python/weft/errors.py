@@ -1,22 +1,25 @@
 """What the clients raise.
 
-WeftError                 any error of a service: code, reason, field, retry_after
-├── InvalidRequest        INVALID_ARGUMENT, OUT_OF_RANGE       a field is out of range; also a ValueError
+WeftError                 any of them: code, reason, field, retry_after
+├── InvalidRequest        INVALID_ARGUMENT, OUT_OF_RANGE       a field is wrong, sent or not; also a ValueError
 ├── Unauthenticated       UNAUTHENTICATED, PERMISSION_DENIED   no key, or a wrong one
 ├── NotFound              NOT_FOUND                            no such model
 ├── Unsupported           UNIMPLEMENTED                        the feature that `field` asks for is not offered
 ├── Overloaded            RESOURCE_EXHAUSTED                   too much is queued
 ├── Unavailable           UNAVAILABLE                          no service there, or it has no backend, or it drains
 ├── DeadlineExceeded      DEADLINE_EXCEEDED                    the time is over; also a TimeoutError
-└── Cancelled             CANCELLED                            the call was cancelled
-StartError                a service that `LLM` or `weft serve` starts is not installed, did not become ready, or ended
+├── Cancelled             CANCELLED                            the call was cancelled
+└── StartError            a service that `LLM` or `weft serve` starts is not installed, did not become ready, or ended
 
-Statuses without a class of their own raise WeftError itself.
+Statuses without a class of their own raise WeftError itself. A keyword argument that there is not raises TypeError, as
+everywhere in Python.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -26,7 +29,7 @@ _DETAILS_KEY = "grpc-status-details-bin"
 
 
 class WeftError(Exception):
-    """A service answered with an error status."""
+    """A service answered with an error status, or a client has found what a service would refuse."""
 
     def __init__(
         self,
@@ -44,7 +47,7 @@ class WeftError(Exception):
 
 
 class InvalidRequest(WeftError, ValueError):
-    """A field of the request is out of range."""
+    """A field of the request is out of range or of a wrong type."""
 
 
 class NotFound(WeftError):
@@ -75,7 +78,7 @@ class Cancelled(WeftError):
     """The call was cancelled."""
 
 
-class StartError(RuntimeError):
+class StartError(WeftError, RuntimeError):
     """A service is not installed, did not become ready, or ended; then the message holds the last line it wrote.
 
     ``exit_code`` is the service's, if it has ended: above 0 it has told why on stderr, but for 2, which is for wrong
@@ -99,6 +102,26 @@ _CLASSES: dict[grpc.StatusCode, type[WeftError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.CANCELLED: Cancelled,
 }
+
+
+def refused(field: str, problem: str) -> InvalidRequest:
+    """What is wrong with a field of a request that is not sent."""
+    return InvalidRequest(f"{field}: {problem}", grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", field)
+
+
+@contextmanager
+def naming(field: str) -> Iterator[None]:
+    """Let InvalidRequest, which names the field, say what is wrong with its value."""
+    try:
+        yield
+    except InvalidRequest:
+        raise
+    except KeyError as error:
+        raise refused(field, f"lacks {error}") from None
+    except ValueError as error:
+        raise refused(field, str(error)) from None
+    except (TypeError, AttributeError) as error:
+        raise refused(field, f"wrong type: {error}") from None
 
 
 def unreachable(address: str, argument: str) -> Unavailable:

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Unpack, cast
 
 from weft.batches import Batch, Budget, for_each, make_batches
-from weft.calls import PromptLike, TemplateOptions, as_list, prompt_parts
+from weft.calls import PromptLike, TemplateOptions, as_list, check_messages, prompt_parts
 from weft.connection import Connection
 from weft.conversation import MessageLike
 from weft.engine.v1.model_pb2 import ModelCard
-from weft.errors import Overloaded, StartError
-from weft.inference.v1.inference_pb2 import Model
-from weft.limits import check_token_ids
+from weft.errors import Overloaded, StartError, refused
+from weft.inference.v1.inference_pb2 import Model, TokenIds
+from weft.limits import InvalidField, check_token_ids
 from weft.outputs import CompletionOutput, RequestOutput
 from weft.progress import Progress
 from weft.sampling_params import SamplingParams
@@ -36,8 +36,9 @@ class LLM:
     default the built-in model, and ``engine_options`` are the flags of ``weft backend`` (``dtype="float32"``,
     ``max_num_seqs=8``, …). ``LLM(target="host:port")`` joins a running service, where ``model`` is a served name.
 
-    Raises StartError with the service's own last line if it does not start, ValueError for a bad request, and the
-    errors of ``weft.errors``. Use it as a context manager, call ``close()``, or let it go: its services end with it.
+    Raises the errors of ``weft.errors``: StartError with the service's own last line if it does not start,
+    InvalidRequest, a ValueError, for a bad request, … Use it as a context manager, call ``close()``, or let it go: its
+    services end with it.
     """
 
     def __init__(self, model: str | None = None, *, target: str | None = None, **engine_options: object) -> None:
@@ -78,7 +79,8 @@ class LLM:
         **options: Unpack[TemplateOptions],
     ) -> list[RequestOutput]:
         """Answer a conversation or several through the model's template; otherwise as ``generate``."""
-        nested = bool(messages) and isinstance(messages[0], Sequence)
+        check_messages(messages)
+        nested = bool(messages) and isinstance(messages[0], Sequence) and not isinstance(messages[0], str)
         conversations = cast("Sequence[Sequence[MessageLike]]", messages if nested else [messages])
         return self._connection.run(self._chat(conversations, sampling_params, use_tqdm, options))
 
@@ -93,14 +95,15 @@ class LLM:
         self.close()
 
     async def _generate(self, prompts: Sequence[PromptLike], params: ParamsLike, use_tqdm: bool) -> list[RequestOutput]:
-        async def tokenize(prompt: PromptLike) -> _Prompt:
-            text, token_ids = prompt_parts(prompt)
-            if token_ids is None:
-                answer = await self._connection.client.tokenize(text or "", model=self._model.id)
-                token_ids = answer.token_ids
-            return text, list(token_ids)
+        async def tokenize(parts: tuple[str | None, TokenIds | None]) -> _Prompt:
+            text, token_ids = parts
+            if token_ids is not None:
+                return text, list(token_ids.ids)
+            answer = await self._connection.client.tokenize(text or "", model=self._model.id)
+            return text, list(answer.token_ids)
 
-        return await self._complete(await for_each(tokenize, prompts, _MAX_TOKENIZE_CALLS), params, use_tqdm)
+        parts = [prompt_parts(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
+        return await self._complete(await for_each(tokenize, parts, _MAX_TOKENIZE_CALLS), params, use_tqdm)
 
     async def _chat(
         self,
@@ -138,7 +141,10 @@ class LLM:
         """Check prompts here, where their place in the caller's list is known."""
         card = ModelCard(vocab_size=self._model.vocab_size, max_model_len=self._model.max_model_len)
         for index, (_, token_ids) in enumerate(prompts):
-            check_token_ids(token_ids, card, f"prompts[{index}]")
+            try:
+                check_token_ids(token_ids, card, f"prompts[{index}]")
+            except InvalidField as error:
+                raise refused(error.field, error.message) from None
 
     async def _stream(self, batch: Batch, outputs: list[RequestOutput], progress: Progress) -> bool:
         """Run a batch to its end; False if the service had no room for it, and it must be sent again."""
@@ -167,7 +173,7 @@ def _pick(models: Sequence[Model], name: str | None) -> Model:
     if name is None and len(models) == 1:
         return models[0]
     if name not in names:
-        raise ValueError(f"model: must be one of those served here: {', '.join(names)}")
+        raise refused("model", f"must be one of those served here: {', '.join(names)}")
     return models[names.index(name)]
 
 
@@ -178,8 +184,10 @@ def _keyword(flag: re.Match[str]) -> str:
 def _one_each(params: ParamsLike, num_prompts: int) -> list[SamplingParams | None]:
     if params is None or isinstance(params, SamplingParams):
         return [params] * num_prompts
+    if not isinstance(params, Sequence) or not all(isinstance(param, SamplingParams) for param in params):
+        raise refused("sampling_params", "must be SamplingParams, or a list of them")
     if len(params) != num_prompts:
-        raise ValueError(f"sampling_params: {len(params)} for {num_prompts} prompts")
+        raise refused("sampling_params", f"{len(params)} for {num_prompts} prompts")
     return list(params)
 
 

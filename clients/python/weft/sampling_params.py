@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from weft.errors import refused
 from weft.inference.v1 import sampling_pb2
 
 
@@ -22,7 +23,8 @@ class StructuredOutputs:
 
     def __post_init__(self) -> None:
         if sum(getattr(self, field.name) is not None for field in fields(self)) != 1:
-            raise ValueError("structured_outputs: exactly one of json, json_object, regex, choice, grammar must be set")
+            names = ", ".join(field.name for field in fields(self))
+            raise refused("structured_outputs", f"exactly one of {names} must be set")
 
     def to_proto(self) -> sampling_pb2.StructuredOutput:
         """The message of the public contract."""
@@ -38,8 +40,8 @@ class StructuredOutputs:
 class SamplingParams:
     """How text is generated. ``None`` leaves a field to the model's own default.
 
-    A field of a wrong type raises TypeError, and a number that cannot be sent ValueError, both naming the field. The
-    service checks ranges, and answers with ``InvalidRequest``, a ValueError.
+    A field of a wrong type, or a number that cannot be sent, raises ``InvalidRequest``, a ValueError that names the
+    field; the service checks ranges, and answers with the same.
     """
 
     n: int | None = 1  # choices for each prompt
@@ -81,8 +83,7 @@ class SamplingParams:
                 try:
                     _set(message, field.name, value)
                 except (TypeError, ValueError, AttributeError) as error:
-                    kind = ValueError if isinstance(error, ValueError) else TypeError
-                    raise kind(f"{field.name}: {error}") from None
+                    raise refused(field.name, str(error)) from None
         return message
 
 

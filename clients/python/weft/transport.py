@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 
-from weft.errors import Unavailable, WeftError
+from weft.errors import Unavailable, WeftError, naming
 
 DEFAULT_TARGET = "localhost:50051"
 MAX_MESSAGE_BYTES = 64 << 20
@@ -33,7 +33,8 @@ class Attempt:
     """One call's deadline and retries: it is tried again only if UNAVAILABLE before its first message."""
 
     def __init__(self, timeout: float | None, max_retries: int) -> None:
-        self._deadline = None if timeout is None else time.monotonic() + timeout
+        with naming("timeout"):
+            self._deadline = None if timeout is None else time.monotonic() + timeout
         self._retries_left = max_retries
         self._delay = _FIRST_DELAY
 

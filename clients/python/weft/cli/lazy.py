@@ -45,6 +45,6 @@ class LazyGroup(click.Group):
                 raise click.UsageError(str(error)) from error
             if isinstance(error, StartError) and error.exit_code > 0:
                 raise click.exceptions.Exit(error.exit_code) from error
-            if isinstance(error, WeftError | StartError | OSError):
+            if isinstance(error, WeftError | OSError):
                 raise click.ClickException(str(error)) from error
             raise
