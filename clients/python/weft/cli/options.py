@@ -61,10 +61,13 @@ def builtin_model() -> Path:
 
 
 def check_url(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
-    """Callback of an option: the base URL of a service, or nothing. Raises BadParameter."""
+    """Callback of an option: the base URL of a service, or nothing; a /v1 at its end, which SDKs want, is left out.
+
+    Raises BadParameter.
+    """
     if value is not None and not _is_url(value):
         raise click.BadParameter("must be http:// or https:// and a host, with or without a port")
-    return value
+    return value and value.rstrip("/").removesuffix("/v1")
 
 
 def _is_url(text: str) -> bool:

@@ -38,7 +38,7 @@ class BatchRunner:
     """Sends lines to a service; each thread keeps its own connection."""
 
     def __init__(self, base_url: str, api_key: str | None) -> None:
-        self._url = urlsplit(base_url.rstrip("/").removesuffix("/v1"))  # as SDKs take it; lines' urls have it, too
+        self._url = urlsplit(base_url)
         self._headers = {"Content-Type": "application/json"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -94,7 +94,7 @@ class BatchRunner:
         connection = self._local.connection
         was_open = connection.sock is not None
         try:
-            connection.request("POST", self._url.path.rstrip("/") + path, body, self._headers)
+            connection.request("POST", self._url.path + path, body, self._headers)
             response = connection.getresponse()
             return response, response.read()
         except (OSError, http.client.HTTPException) as error:

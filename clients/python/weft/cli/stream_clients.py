@@ -48,7 +48,7 @@ class Service:
         connection = kind(address.hostname or "", address.port)
         body = {"prompt": text} | ({"model": self.model} if self.model else {})
         try:
-            connection.request("POST", f"{address.path.rstrip('/')}/tokenize", json.dumps(body), self.headers)
+            connection.request("POST", f"{address.path}/tokenize", json.dumps(body), self.headers)
             answer = connection.getresponse()
             if answer.status != http.client.OK:
                 raise WeftError(f"HTTP {answer.status}: {answer.read().decode(errors='replace')[-500:]}")
@@ -237,4 +237,4 @@ def _http_request(service: Service, prompt: str, max_tokens: int) -> bytes:
     payload = json.dumps(body).encode()
     headers = service.headers | {"Host": address.netloc, "Content-Length": str(len(payload))}
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    return f"POST {address.path.rstrip('/')}/v1/completions HTTP/1.1\r\n{lines}\r\n".encode() + payload
+    return f"POST {address.path}/v1/completions HTTP/1.1\r\n{lines}\r\n".encode() + payload
