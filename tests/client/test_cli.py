@@ -89,9 +89,10 @@ def test_where_nothing_answers_one_line_says_so(tmp_path: Any, command: list[str
     assert result.output == f"Error: nothing answers at {target} over gRPC (target): is `weft serve` running there?\n"
 
 
-def test_bench_serve_says_where_nothing_answers_over_http() -> None:
+@pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/"])
+def test_bench_serve_says_where_nothing_answers_over_http(ending: str) -> None:
     url = f"http://127.0.0.1:{free_port()}"
-    result = run("bench", "serve", "--url", url)
+    result = run("bench", "serve", "--url", url + ending)
     assert result.exit_code == 1
     assert result.output == f"Error: nothing answers at {url} (--url): is `weft serve` running there?\n"
 
@@ -130,6 +131,8 @@ def test_bench_serve_over_grpc(target: str, service: Any, tmp_path: Any) -> None
         "8",
         "--prompt-len",
         "20",
+        "--seed",
+        "0",
         "--json",
         str(file),
     )
@@ -137,7 +140,7 @@ def test_bench_serve_over_grpc(target: str, service: Any, tmp_path: Any) -> None
     assert "2 streams: 100%" in result.stderr
     assert "4/4" in result.stderr
     (results,) = json.loads(file.read_text())
-    assert results["requests"] == 4
+    assert (results["requests"], results["seed"]) == (4, 0)
     streamed = [request for request in service.requests if isinstance(request, pb.StreamGenerateRequest)]
     prompts = [request.request.prompts[0].text for request in streamed]
     assert len(prompts) == 2 + 4, "two warm up"
@@ -146,6 +149,19 @@ def test_bench_serve_over_grpc(target: str, service: Any, tmp_path: Any) -> None
     assert results["out_tok_s"] > 0
     assert 0 < results["ttft_ms_p50"] <= results["ttft_ms_p99"] == results["ttft_ms_max"]
     assert results["failed_percent"] == 0
+
+
+def test_bench_serve_sends_new_prompts_unless_given_a_seed(target: str, service: Any) -> None:
+    runs = []
+    for seed in ([], ["--seed", "5"], ["--seed", "5"]):
+        sizes = ["--streams", "2,2", "--requests", "4", "--max-tokens", "2", "--prompt-len", "80"]
+        assert run("bench", "serve", "--target", target, *sizes, *seed).exit_code == 0
+        streamed = [request for request in service.requests if isinstance(request, pb.StreamGenerateRequest)]
+        service.requests.clear()
+        runs.append({request.request.prompts[0].text for request in streamed})
+        assert len(runs[-1]) == len(streamed) == 2 * (2 + 4), "no prompt comes twice"
+    assert runs[0].isdisjoint(runs[1])
+    assert runs[1] == runs[2]
 
 
 def test_bench_serve_counts_what_failed(target: str, service: Any, tmp_path: Any) -> None:
@@ -189,7 +205,14 @@ async def test_bench_serve_takes_no_broken_stream_for_a_whole_one(end: bytes) ->
     [
         ["bench", "serve", "--streams", "0"],
         ["bench", "serve", "--requests", "0"],
+        ["bench", "serve", "--parent", "0"],
+        ["bench", "serve", "--seed", "-1"],
         ["bench", "frontend", "--streams", "0"],
+        ["bench", "frontend", "--seconds", "0"],
+        ["bench", "frontend", "--interval", "0"],
+        ["bench", "engine", ".", "--top-k", "-1"],
+        ["bench", "engine", ".", "--top-p", "0"],
+        ["bench", "engine", ".", "--temperature", "-1"],
         ["bench", "engine", ".", "--batches", "8,x"],
         ["bench", "engine", ".", "--batches", "0"],
         ["bench", "engine", ".", "--parts", "decode,x"],

@@ -29,6 +29,7 @@ from weft.services import FRONTEND, check_installed
 MAX_TOKENS = 4000  # of one stream; the fake model takes 4,096
 WARM_UP = 2.0  # seconds before the measured window
 PROMPT = "The capital of France is"
+_TIME = click.FloatRange(0, 3600, min_open=True)
 _READY = re.compile(r"ready in .* s: (?P<model>\S+) on ")
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -92,8 +93,8 @@ class Frontend:
 
 @click.command("frontend")
 @click.option("--streams", type=COUNT, default=64, show_default=True, help="Streams read at once.")
-@click.option("--seconds", default=10.0, show_default=True, help="Length of the measured window.")
-@click.option("--interval", default=0.01, show_default=True, help="Seconds between the tokens of a stream.")
+@click.option("--seconds", type=_TIME, default=10.0, show_default=True, help="Length of the measured window.")
+@click.option("--interval", type=_TIME, default=0.01, show_default=True, help="Seconds between the tokens of a stream.")
 @click.option("--tokenizer", type=click.Path(exists=True, file_okay=False), help="Folder of tokenizer files. "
               "Default: the built-in model's.")  # fmt: skip
 @click.option("--http/--grpc", "only_http", default=None, help="Measure one protocol only.")

@@ -20,9 +20,25 @@ def _part(text: str) -> str:
 def load_options(command: Command) -> Command:
     """The shape, the load, and where results go; ``LoadOptions`` holds them."""
     for option in (
-        click.option("--top-k", default=0, show_default=True, help="Of requests with a temperature; 0: all tokens."),
-        click.option("--top-p", default=1.0, show_default=True, help="Of requests with a temperature."),
-        click.option("--temperature", type=float, help="Of all requests.  [default: 0, and 0.6 for the mixed loads]"),
+        click.option(
+            "--top-k",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            help="Of requests with a temperature; 0: all tokens.",
+        ),
+        click.option(
+            "--top-p",
+            type=click.FloatRange(0, 1, min_open=True),
+            default=1.0,
+            show_default=True,
+            help="Of requests with a temperature.",
+        ),
+        click.option(
+            "--temperature",
+            type=click.FloatRange(0, 100),
+            help="Of all requests.  [default: 0, and 0.6 for the mixed loads]",
+        ),
         click.option(
             "--parts",
             callback=list_of(_part, f"of {', '.join(PARTS)}"),
