@@ -99,5 +99,7 @@ def parse_served_model_names(names: tuple[str, ...]) -> dict[str, str]:
         alias, _, target = name.partition("=")
         if not alias or name.endswith("="):
             raise ValueError(f"--served-model-name takes NAME or ALIAS=NAME, not {name!r}")
+        if alias in served:
+            raise ValueError(f"--served-model-name gives {alias!r} twice")
         served[alias] = target or alias
     return served

@@ -65,9 +65,15 @@ class Generation:
         """At least one model can be used now."""
         return bool(self._models.ready_models())
 
+    @property
+    def why_not_ready(self) -> str:
+        """Why no model can be used, if none can."""
+        return self._models.why_none
+
     async def wait_ready(self) -> None:
-        """Return as soon as every configured backend has been seen ready once."""
+        """Return as soon as every configured backend has been seen ready once; warns of models that none has."""
         await asyncio.gather(*(client.was_ready.wait() for client in self._models.clients))
+        self._models.warn_of_missing_names()
 
     async def generate(
         self, request: pb.GenerateRequest, *, stream: bool, time_left: float | None = None
@@ -135,6 +141,13 @@ class Generation:
     def embed(self) -> NoReturn:
         """Raises Unsupported: no model with an embedding head is served."""
         raise Unsupported("No model here has an embedding head", field="model", reason="NO_EMBEDDINGS")
+
+    def get_model(self, name: str) -> pb.Model:
+        """A model that is served now. Raises NotFound."""
+        for model in self.list_models().models:
+            if model.id == name:
+                return model
+        raise self._models.not_found(name)
 
     def list_models(self) -> pb.ListModelsResponse:
         """The models served now, in alphabetical order."""

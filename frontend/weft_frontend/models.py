@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +20,13 @@ from weft_frontend.engine_client import RETRY_AFTER_MS, BackendRefused, EngineCl
 from weft_frontend.errors import InvalidRequest, NotFound, Unavailable
 from weft_frontend.tokenizer import Tokenizer, TokenizerError
 
+MAX_NAMES_TOLD = 8  # the details of a gRPC error have 8 KB
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9._/:-]{1,100}")  # shown to the client that made it up
+
 UNSEEN_SECONDS = 0.8  # longer than MAX_BACKOFF_SECONDS and a session's opening, and within the second of a clear 503
+
+logger = logging.getLogger("weft.frontend")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +93,12 @@ class ModelRegistry:
         names = self._names()
         return {name: names[name] for name in sorted(names) if names[name].ready}
 
+    def warn_of_missing_names(self) -> None:
+        """To be called once every backend has been seen."""
+        for name in self._missing_names():
+            has = ", ".join(sorted(self._models))
+            logger.warning("--served-model-name %s: no backend has a model of this name; they have %s", name, has)
+
     def public_name(self, client: EngineClient) -> str:
         """The name under which a backend's model is served; empty if it is not known or not served."""
         for name, model in self._names().items():
@@ -101,20 +115,36 @@ class ModelRegistry:
         Raises:
             InvalidRequest: the name is left out, and there are several models.
             NotFound: there is no such model.
-            Unavailable: no model has been seen yet.
+            Unavailable: no model to serve has been seen yet.
         """
         if not self._names() or (name and name not in self._names()):
             await self._wait_for_unseen()
         names = self._names()
         if not names:
-            raise Unavailable("no backend is ready", retry_after_ms=RETRY_AFTER_MS)
+            raise Unavailable(self.why_none, retry_after_ms=RETRY_AFTER_MS)
         if not name:
             if len(names) > 1:
-                raise InvalidRequest("must be given: several models are served", field="model")
+                raise InvalidRequest(f"must be given: several models are served: {self._told_names()}", field="model")
             return next(iter(names.items()))
         if name not in names:
-            raise NotFound("no such model is served; /v1/models and ListModels name those that are", field="model")
+            raise self.not_found(name)
         return name, names[name]
+
+    @property
+    def why_none(self) -> str:
+        """Why no model can be used, if none can."""
+        if self._models and not self._names():
+            return f"no backend has {' or '.join(self._missing_names())}, which --served-model-name asks for"
+        return "no backend is ready"
+
+    def not_found(self, name: str) -> NotFound:
+        """The error of a name that is not served."""
+        asked = f'model "{name}"' if _PLAIN_NAME.fullmatch(name) else "such model"
+        return NotFound(f"there is no {asked} here; served: {self._told_names() or 'none'}", field="model")
+
+    def _told_names(self) -> str:
+        names = sorted(self._names())
+        return ", ".join(names[:MAX_NAMES_TOLD]) + (", …" if len(names) > MAX_NAMES_TOLD else "")
 
     async def _wait_for_unseen(self) -> None:
         unseen = [client.was_ready.wait() for client in self.clients if not client.was_ready.is_set()]
@@ -122,6 +152,10 @@ class ModelRegistry:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(UNSEEN_SECONDS):
                     await asyncio.gather(*unseen)
+
+    def _missing_names(self) -> list[str]:
+        """What --served-model-name asks for and no backend has had yet."""
+        return sorted({own for own in self._public_names.values() if own not in self._models})
 
     def _names(self) -> dict[str, ServedModel]:
         if not self._public_names:

@@ -72,7 +72,8 @@ class Worker:
 
 
 async def _serve(config: FrontendConfig, on_ready: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT; ``on_ready`` is given the models' names once every backend has been seen."""
+    """Serve until SIGTERM or SIGINT; ``on_ready`` is given the models' names once every backend has been seen, if
+    there are any."""
     stopped: asyncio.Queue[float] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     has_balancer = config.http_port is not None or not (config.grpc_address or "").startswith("unix:")
@@ -85,7 +86,8 @@ async def _serve(config: FrontendConfig, on_ready: Callable[[str], None]) -> Non
         await worker.generation.wait_ready()
         gc.collect()
         gc.freeze()  # what serves is never garbage: a full collection would walk it, and hold up every stream for 50 ms
-        on_ready(", ".join(model.id for model in worker.generation.list_models().models))
+        if models := worker.generation.list_models().models:  # else --served-model-name asks for none that there is
+            on_ready(", ".join(model.id for model in models))
 
     announcing = asyncio.create_task(announce())
     settle = await stopped.get()

@@ -118,8 +118,10 @@ async def test_what_is_not_offered_over_grpc(served: Served) -> None:
 
 
 async def test_an_unknown_model_over_grpc(served: Served) -> None:
-    code, _, field = await failure(served.stub.Generate(pb.GenerateRequest(model=SECRET)))
+    code, message, field = await failure(served.stub.Generate(pb.GenerateRequest(model="other")))
     assert (code, field) == (grpc.StatusCode.NOT_FOUND, "model")
+    assert message == 'there is no model "other" here; served: fake'
+    assert (await failure(served.stub.Tokenize(pb.TokenizeRequest(model=f"<b>{SECRET}"))))[0] is code
 
 
 METHOD = "/weft.inference.v1.InferenceService/Generate"

@@ -231,14 +231,38 @@ async def test_an_unknown_field_is_named_only_if_it_could_be_one(served: Served)
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
+        ("max_tokens", 1.5, "must be an integer"),
+        ("max_tokens", "4", "must be an integer"),
+        ("n", True, "must be an integer"),
+        ("temperature", "0.5", "must be a number"),
+        ("stream", 1, "must be true or false"),
+        ("user", 1, "must be a string"),
+        ("stop", 1, "must be a string or a list of strings"),
+        ("guided_choice", "a", "must be a list"),
+        ("stream_options", [], "must be an object"),
         ("seed", 2**70, f"must be an integer in [{-(2**63)}, {2**63 - 1}]"),
         ("max_tokens", -1, f"must be an integer in [0, {2**32 - 1}]"),
         ("max_tokens", 0, "must be at least 1 without echo or prompt_logprobs"),
     ],
 )
-async def test_the_range_of_an_integer_is_told(served: Served, name: str, value: int, message: str) -> None:
+async def test_what_a_value_must_be_is_told(served: Served, name: str, value: int, message: str) -> None:
     answer = await post(served.port, COMPLETIONS, {"prompt": "Hi", name: value})
     assert answer.error["message"] == f"{name}: {message}"
+
+
+async def test_what_a_chat_must_have_is_told(served: Served) -> None:
+    for change, message in (
+        (
+            {"messages": [{"role": "user", "content": 1}]},
+            "messages[0].content: must be a string or a list of text parts",
+        ),
+        ({"messages": [{"content": "Hi"}]}, "messages[0].role: must be given"),
+        ({"tool_choice": 1}, 'tool_choice: must be "none", "auto" or "required"'),
+        ({"store": True}, "store: must be false"),
+        ({"service_tier": "flex"}, 'service_tier: must be "auto" or "default"'),
+    ):
+        answer = await post(served.port, CHAT, {"messages": [USER]} | change)
+        assert answer.error["message"] == message
 
 
 async def test_an_unknown_path_is_named_if_it_is_plain(served: Served) -> None:
@@ -250,7 +274,13 @@ async def test_an_unknown_path_is_named_if_it_is_plain(served: Served) -> None:
 
 async def test_an_unknown_model_is_404(served: Served) -> None:
     for path, body in ((COMPLETIONS, {"prompt": "Hi"}), (CHAT, {"messages": [USER]}), ("/tokenize", {"prompt": "a"})):
-        check(await post(served.port, path, body | {"model": SECRET}), 404, "model")
+        answer = await post(served.port, path, body | {"model": "other/model-1:b"})
+        check(answer, 404, "model")
+        assert answer.error["message"] == 'model: there is no model "other/model-1:b" here; served: fake'
+        check(await post(served.port, path, body | {"model": f"<b>{SECRET}"}), 404, "model")
+    answer = await send(served.port, request("GET", "/v1/models/other"))
+    check(answer, 404, "model")
+    assert answer.error["message"] == 'model: there is no model "other" here; served: fake'
 
 
 async def test_the_longest_prompt_is_served(served: Served) -> None:
@@ -271,7 +301,16 @@ async def test_null_bytes_and_control_tokens_are_plain_text(served: Served) -> N
 async def test_detokenize(served: Served) -> None:
     for tokens in ([-1], [VOCAB_SIZE], ["a"], [5] * (MAX_MODEL_LEN + 1)):
         answer = await post(served.port, "/detokenize", {"tokens": tokens})
-        assert (answer.status, answer.error["param"] in ("tokens", "token_ids")) == (400, True)
+        check(answer, 400, "tokens")
+        assert answer.error["message"].startswith("tokens: ")
+
+
+async def test_tokenize(served: Served) -> None:
+    check(await post(served.port, "/tokenize", {"prompt": "a" * (MAX_MODEL_LEN * 128 + 1)}), 400, "prompt")
+    template = await post(served.port, "/tokenize", {"prompt": "a", "chat_template": "b"})
+    check(template, 400, "chat_template")
+    assert template.error["message"] == "chat_template: has no meaning beside a prompt"
+    assert (await post(served.port, "/tokenize", {"prompt": "a", "chat_template": None})).status == 200
 
 
 async def test_an_oversize_body_is_413(served: Served) -> None:

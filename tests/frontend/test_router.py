@@ -67,6 +67,43 @@ async def test_aliases_are_the_only_names(byte_level_files: Files, serve: Serve)
             await run(generation, "fake")
 
 
+async def test_a_name_that_no_backend_has_is_told(
+    byte_level_files: Files, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = parse_served_model_names(("small=fake", "nope", "b=nada"))
+    async with FakeBackend(byte_level_files) as fake, serve(fake, served_model_names=served) as generation:
+        told = [record.getMessage() for record in caplog.records]
+        assert told == [
+            "--served-model-name nada: no backend has a model of this name; they have fake",
+            "--served-model-name nope: no backend has a model of this name; they have fake",
+        ]
+        with pytest.raises(errors.NotFound, match=r'there is no model "nope" here; served: small$'):
+            await run(generation, "nope")
+
+
+async def test_a_frontend_of_names_that_no_backend_has_says_so(byte_level_files: Files, serve: Serve) -> None:
+    served = parse_served_model_names(("small=nope",))
+    async with FakeBackend(byte_level_files) as fake, serve(fake, served_model_names=served) as generation:
+        assert not generation.ready
+        assert generation.why_not_ready == "no backend has nope, which --served-model-name asks for"
+        with pytest.raises(errors.Unavailable, match="no backend has nope"):
+            await run(generation, "small")
+
+
+async def test_an_unknown_name_is_told_with_the_first_of_those_that_are_served(
+    byte_level_files: Files, serve: Serve
+) -> None:
+    served = parse_served_model_names(tuple(f"{letter}=fake" for letter in "jihgfedcba"))
+    async with FakeBackend(byte_level_files) as fake, serve(fake, served_model_names=served) as generation:
+        with pytest.raises(errors.NotFound, match=r'no model "k" here; served: a, b, c, d, e, f, g, h, …$'):
+            await run(generation, "k")
+        with pytest.raises(errors.InvalidRequest, match=r"several models are served: a, b, .*, h, …$"):
+            await run(generation)
+        for name in ("<b>", "k" * 101):
+            with pytest.raises(errors.NotFound, match="no such model here; served: a, "):
+                await run(generation, name)
+
+
 async def test_the_least_loaded_backend_is_picked(byte_level_files: Files, serve: Serve) -> None:
     async with (
         FakeBackend(byte_level_files) as busy,
@@ -177,3 +214,8 @@ async def test_reset_prefix_cache_reaches_every_backend(byte_level_files: Files,
 def test_bad_served_names(name: str) -> None:
     with pytest.raises(ValueError, match="ALIAS=NAME"):
         parse_served_model_names((name,))
+
+
+def test_an_alias_of_two_models_is_refused() -> None:
+    with pytest.raises(ValueError, match="--served-model-name gives 'a' twice"):
+        parse_served_model_names(("a=x", "a=y"))

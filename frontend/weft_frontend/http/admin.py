@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 from weft.inference.v1 import inference_pb2 as pb
-from weft_frontend.errors import NotFound, Unavailable
+from weft_frontend.errors import Unavailable
 from weft_frontend.http.call import Call, answer
 
 
@@ -28,11 +28,7 @@ async def list_models(call: Call) -> None:
 
 async def get_model(call: Call) -> None:
     """`GET /v1/models/{id}`."""
-    name = call.scope["path_params"]["model"]
-    for model in call.services.generation.list_models().models:
-        if model.id == name:
-            return await call.answer(_model(model))
-    raise NotFound("There is no such model", field="model")
+    await call.answer(_model(call.services.generation.get_model(call.scope["path_params"]["model"])))
 
 
 async def health(call: Call) -> None:
@@ -43,7 +39,9 @@ async def health(call: Call) -> None:
 async def ready(call: Call) -> None:
     """`GET /ready`: a model can be used, and the process is not draining."""
     if not call.services.ready():
-        raise Unavailable("No backend is ready, or this frontend is draining", reason="NOT_READY", retry_after_ms=1000)
+        generation = call.services.generation
+        why = "this frontend is draining" if generation.ready else generation.why_not_ready
+        raise Unavailable(why, reason="NOT_READY", retry_after_ms=1000)
     await call.answer({"status": "ready"})
 
 

@@ -1,7 +1,7 @@
 """Errors as HTTP answers: `{"error": {"message", "type", "param", "code"}}`, always with all four keys.
 
-Nothing that a client sent is repeated, but for a path of plain characters: messages are ours, and `param` names a field
-that we know.
+Nothing that a client sent is repeated, but for a path or a model's name of plain characters: messages are ours, and
+`param` names a field that we know.
 """
 
 from __future__ import annotations
@@ -26,7 +26,17 @@ _log = logging.getLogger(__name__)
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 # In place of pydantic's own, by its type of error.
-_MESSAGES = {"extra_forbidden": "is not a field of this request", "none_required": "is not supported"}
+_MESSAGES = {
+    "extra_forbidden": "is not a field of this request",
+    "none_required": "is not supported",
+    "missing": "must be given",
+    "string_type": "must be a string",
+    "bool_type": "must be true or false",
+    "float_type": "must be a number",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+}
 
 # Where a field of the contract stands in a JSON body.
 _RENAMED = (
@@ -105,9 +115,12 @@ def param_of(path: str) -> str:
 
 
 def _of_validation_error(error: ValidationError) -> HttpError:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
     param = _location(first["loc"])
     message = _MESSAGES.get(first["type"], first["msg"])
+    if first["type"] == "literal_error":  # its values are ours, as Python writes them
+        values = first["ctx"]["expected"].replace("'", '"').replace("True", "true").replace("False", "false")
+        message = f"must be {values}"
     return HttpError(400, f"{param or 'body'}: {message}", param, "invalid_field")
 
 

@@ -22,8 +22,10 @@ def invalid(message: str) -> PydanticCustomError:
 
 def _in_range(low: int, high: int) -> PlainValidator:
     def check(value: Any) -> int:
-        if type(value) is not int or not low <= value <= high:  # beyond 64 bits orjson makes it a float
+        if type(value) in (int, float) and not low <= value <= high:  # beyond 64 bits orjson makes it a float
             raise invalid(f"must be an integer in [{low}, {high}]")
+        if type(value) is not int:
+            raise invalid("must be an integer")
         return value
 
     return PlainValidator(check, json_schema_input_type=Annotated[int, Field(ge=low, le=high)])
@@ -35,6 +37,8 @@ Int64 = Annotated[int, _in_range(-(2**63), 2**63 - 1)]
 
 
 def _listed(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise invalid("must be a string or a list of strings")
     return [value] if isinstance(value, str) else value
 
 

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator
 
 from weft.inference.v1 import inference_pb2 as pb
 from weft.inference.v1.output_pb2 import ToolCall
-from weft_frontend.http.fields import Body, FieldError, json_text
+from weft_frontend.http.fields import Body, FieldError, invalid, json_text
 
 MAX_TEMPLATE_ARG_DEPTH = 32  # a Struct is built by recursion
 
@@ -22,6 +22,8 @@ class TextPart(Body):
 
 
 def _parts(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise invalid("must be a string or a list of text parts")
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 

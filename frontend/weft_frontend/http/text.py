@@ -24,8 +24,9 @@ class TokenizeBody(Conversation):
         if (self.prompt is None) == (not self.messages):
             raise FieldError("prompt", "give either a prompt or messages")
         if self.prompt is not None:
-            if self.model_fields_set - {"prompt", "model", "add_special_tokens"}:
-                raise FieldError("prompt", "a prompt has no template")
+            given = {name for name in self.model_fields_set if getattr(self, name) is not None}
+            if of_messages := given - {"prompt", "model", "add_special_tokens"}:
+                raise FieldError(min(of_messages), "has no meaning beside a prompt")
             request.text = self.prompt
         else:
             request.chat.CopyFrom(self.conversation(self.model))
@@ -45,6 +46,7 @@ class DetokenizeBody(Body):
 async def tokenize(call: Call) -> None:
     """Answer with token ids."""
     body = await call.body(TokenizeBody)
+    call.names = {"text": "prompt"}
     answer = await call.services.generation.tokenize(body.request())
     ids = list(answer.token_ids)
     await call.answer({"count": len(ids), "max_model_len": answer.max_model_len, "tokens": ids})
@@ -53,6 +55,7 @@ async def tokenize(call: Call) -> None:
 async def detokenize(call: Call) -> None:
     """Answer with text."""
     body = await call.body(DetokenizeBody)
+    call.names = {"token_ids": "tokens"}
     request = pb.DetokenizeRequest(
         model=body.model or "", token_ids=body.tokens, skip_special_tokens=bool(body.skip_special_tokens)
     )
