@@ -177,6 +177,12 @@ def test_old_gpus_are_refused_by_the_flag(monkeypatch: pytest.MonkeyPatch) -> No
             resolve_device(config, 0)
 
 
+def test_sizes_that_the_library_does_not_take_are_refused(tmp_path: Path) -> None:
+    path = make_checkpoint("llama", tmp_path / "odd", tokenizer=False, intermediate_size=120)
+    with pytest.raises(StartupError, match=r"^--quantization fp8: 64 x 120 weights .* multiples of 16"):
+        load_model(load_model_config(path, quantization="fp8"), path, device=CPU)
+
+
 def test_other_types_are_refused() -> None:
     with pytest.raises(StartupError, match="--quantization int4: must be fp8"):
         EngineConfig(quantization="int4")

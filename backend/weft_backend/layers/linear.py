@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from weft_backend.errors import StartupError
 from weft_backend.layers.norm import RMSNorm
 from weft_backend.layers.parallel import TensorParallel
 from weft_backend.layers.parameter import Layer, Source, parameter
@@ -36,6 +37,10 @@ class Linear(Layer):
         self._ops = ops
         self._tp = tp
         is_fp8 = quantization == "fp8"
+        if is_fp8 and (num_rows % 16 or num_columns % 16):  # as cuBLAS wants them, for many tokens
+            raise StartupError(
+                f"--quantization fp8: {num_rows} x {num_columns} weights of a rank are no multiples of 16 both ways"
+            )
         self.weight = parameter(num_rows, num_columns, dtype=torch.float8_e4m3fn if is_fp8 else None)
         scale = torch.empty(num_rows, dtype=torch.float32) if is_fp8 else None
         self.register_buffer("weight_scale", scale, persistent=False)
