@@ -55,14 +55,14 @@ BAD_CALLS: list[tuple[str, Any, dict[str, Any], str]] = [  # method, argument, o
     ("generate", [{"prompt": "a", "image": 1}], {}, r"prompts\[0\]: must be text"),
     ("generate", [1, "a"], {}, r"prompts\[0\]: wrong type: 'str'"),
     ("generate", "\ud800", {}, r"prompts\[0\]: 'utf-8' codec"),
-    ("generate", "a", {"sampling": {"top_p": 1}}, "sampling: wrong type: 'dict'"),
+    ("generate", "a", {"sampling": {"top_p": 1}}, "sampling: must be SamplingParams, not dict"),
     ("generate", "a", {"priority": "high"}, "priority: wrong type: 'str'"),
     ("generate", "a", {"model": 5}, "model: wrong type"),
     ("generate", "a", {"timeout": "5"}, "timeout: wrong type"),
     ("chat", "hi", {}, 'messages: must be a list of dicts with "role" and "content"'),
     ("chat", {"role": "user", "content": "hi"}, {}, "messages: must be a list"),
     ("chat", ["hi"], {}, r"messages\[0\]: wrong type: must be a dict"),
-    ("chat", [{"role": "user", "content": [{"type": "image_url"}]}], {}, r"messages\[0\]: lacks 'text'"),
+    ("chat", [{"content": [{"type": "image_url"}]}], {}, r"messages\[0\]: content: every part must be text"),
     ("chat", [], {"tools": [{}]}, "tools: lacks 'function'"),
     ("chat", [], {"tool_choice": "sometimes"}, "tool_choice: must be one of none, auto, required"),
     ("chat", [], {"template_args": 5}, "template_args: wrong type"),
@@ -78,6 +78,20 @@ async def test_what_cannot_be_sent_is_named(method: str, argument: Any, options:
     async with AsyncClient("unix:none") as aio_client:
         with pytest.raises(InvalidRequest, match=f"^{error}"):
             await getattr(aio_client, method)(argument, **options)
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize("target", ["", None, 5, "http://localhost:8000"])
+async def test_what_is_no_address_is_refused(kind: Any, target: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"^target: must be host:port"):
+        kind(target)
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize("api_key", ["a\nb", "\xe4", "\udcff"])
+async def test_keys_that_no_header_can_carry_are_refused(kind: Any, api_key: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"^api_key: must be printable ASCII"):
+        kind(api_key=api_key)
 
 
 @pytest.mark.parametrize("method", ["generate", "chat", "tokenize", "tokenize_chat", "detokenize"])

@@ -9,7 +9,7 @@ import pytest
 
 from weft import LLM, SamplingParams
 from weft.calls import PromptLike
-from weft.errors import InvalidRequest
+from weft.errors import InvalidRequest, WeftError
 
 
 @pytest.fixture
@@ -128,3 +128,5 @@ def test_closing_twice(target: str) -> None:
     llm = LLM(target=target)
     llm.close()
     llm.close()
+    with pytest.raises(WeftError, match="closed"):
+        llm.generate("a")

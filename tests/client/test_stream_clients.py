@@ -128,3 +128,12 @@ def test_a_connection_that_was_closed_while_nobody_looked_is_not_used_again() ->
             asked.set()
             assert closed.wait(5)
             closed.clear()
+
+
+@pytest.mark.parametrize("answer", [b"\0\0\x18\4\0", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"])
+async def test_what_is_no_service_of_ours_is_named(answer: bytes) -> None:
+    server = await asyncio.start_server(Server([answer, b""])._serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    with pytest.raises(WeftError, match=f"^what answers at {url} .--url. is not the HTTP API"):
+        await asyncio.to_thread(Service("", url, None, "").count_tokens, "a")
+    server.close()

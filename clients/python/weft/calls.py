@@ -178,8 +178,9 @@ def _as_prompt(prompt: PromptLike, field: str) -> pb.Prompt:
 
 
 def _as_sampling(sampling: SamplingParams | None) -> sampling_pb2.SamplingParams | None:
-    with naming("sampling"):
-        return None if sampling is None else sampling.to_proto()
+    if not isinstance(sampling, SamplingParams | None):
+        raise refused("sampling", f"must be SamplingParams, not {type(sampling).__name__}")
+    return None if sampling is None else sampling.to_proto()
 
 
 _REQUEST_OPTIONS = frozenset(pb.RequestOptions.DESCRIPTOR.fields_by_name)

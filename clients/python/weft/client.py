@@ -15,7 +15,7 @@ from weft.conversation import MessageLike
 from weft.errors import from_rpc_error
 from weft.inference.v1 import inference_pb2 as pb
 from weft.sampling_params import SamplingParams
-from weft.transport import CHANNEL_OPTIONS, DEFAULT_TARGET, Attempt
+from weft.transport import CHANNEL_OPTIONS, DEFAULT_TARGET, Attempt, bearer, check_target
 
 Response = TypeVar("Response", bound=Message)
 
@@ -36,13 +36,14 @@ class Client:
         timeout: float | None = None,
         max_retries: int = 3,
     ) -> None:
+        check_target(target)
         self._target = target
         self._channel = (
             grpc.secure_channel(target, credentials, CHANNEL_OPTIONS)
             if credentials
             else grpc.insecure_channel(target, CHANNEL_OPTIONS)
         )
-        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        self._metadata = (("authorization", bearer(api_key)),) if api_key else ()
         self._timeout = timeout
         self._max_retries = max_retries
 

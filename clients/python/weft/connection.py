@@ -49,7 +49,10 @@ class Connection:
         return self.run(self._join(target))
 
     def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """Run a coroutine to its end; an interrupt of the calling thread cancels it."""
+        """Run a coroutine to its end; an interrupt of the calling thread cancels it. Raises WeftError once closed."""
+        if self._loop.is_closed():
+            coroutine.close()
+            raise WeftError("the connection is closed")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()

@@ -26,6 +26,8 @@ def as_message(message: MessageLike) -> pb.Message:
     fields = dict(message)
     content = fields.pop("content", None) or ""
     if not isinstance(content, str):
+        if any("text" not in part for part in content):
+            raise ValueError("content: every part must be text")
         content = "\n".join(part["text"] for part in content)
     calls = [_as_tool_call(call) for call in fields.pop("tool_calls", None) or ()]
     return pb.Message(content=content, tool_calls=calls, **fields)

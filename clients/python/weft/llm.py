@@ -6,6 +6,7 @@ import asyncio
 import re
 import weakref
 from collections.abc import Sequence
+from os import PathLike
 from typing import Unpack, cast
 
 from weft.batches import Batch, Budget, for_each, make_batches
@@ -41,17 +42,20 @@ class LLM:
     services end with it.
     """
 
-    def __init__(self, model: str | None = None, *, target: str | None = None, **engine_options: object) -> None:
+    def __init__(
+        self, model: str | PathLike[str] | None = None, *, target: str | None = None, **engine_options: object
+    ) -> None:
         if target is not None and engine_options:
             raise TypeError(f"engine options have no effect on a running service: {', '.join(engine_options)}")
+        name = None if model is None else str(model)
         self._connection = Connection()
         self._finalizer = weakref.finalize(self, self._connection.close)
         try:
             if target is None:
-                models = self._connection.start([*([model] if model else []), *flags(engine_options)])
+                models = self._connection.start([*([name] if name else []), *flags(engine_options)])
                 self._model = _pick(models, None)
             else:
-                self._model = _pick(self._connection.join(target), model)
+                self._model = _pick(self._connection.join(target), name)
         except StartError as error:
             self.close()
             raise StartError(_FLAG.sub(_keyword, str(error)), error.exit_code) from None

@@ -89,6 +89,8 @@ class SamplingParams:
 
 def _set(message: sampling_pb2.SamplingParams, name: str, value: Any) -> None:
     if name == "structured_outputs":
+        if not isinstance(value, StructuredOutputs):
+            raise TypeError(f"must be StructuredOutputs, not {type(value).__name__}")
         message.structured_output.CopyFrom(value.to_proto())
     elif name == "logit_bias":
         message.logit_bias.update(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 
-from weft.errors import Unavailable, WeftError, naming
+from weft.errors import Unavailable, WeftError, naming, refused
 
 DEFAULT_TARGET = "localhost:50051"
 MAX_MESSAGE_BYTES = 64 << 20
@@ -27,6 +27,19 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
 
 _FIRST_DELAY = 0.1
 _MAX_DELAY = 5.0
+
+
+def check_target(target: object) -> None:
+    """Refuse what is no address of gRPC. Raises InvalidRequest."""
+    if not isinstance(target, str) or not target or target.startswith(("http://", "https://")):
+        raise refused("target", "must be host:port of the gRPC API, dns:///name:port or unix:/path")
+
+
+def bearer(api_key: str) -> str:
+    """A key as the header "authorization" carries it. Raises InvalidRequest."""
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise refused("api_key", "must be printable ASCII characters")
+    return f"Bearer {api_key}"
 
 
 class Attempt:

@@ -23,6 +23,7 @@ from weft.cli.local import local_service
 from weft.cli.options import COUNT, FORWARDING, check_url
 from weft.errors import unreachable
 from weft.services import API_KEY_VARIABLE
+from weft.transport import bearer
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 
@@ -41,7 +42,7 @@ class BatchRunner:
         self._url = urlsplit(base_url)
         self._headers = {"Content-Type": "application/json"}
         if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+            self._headers["Authorization"] = bearer(api_key)
         self._local = threading.local()
 
     def check(self) -> None:

@@ -23,7 +23,7 @@ from weft import calls
 from weft.client import Client
 from weft.errors import WeftError, from_rpc_error, unreachable
 from weft.sampling_params import SamplingParams
-from weft.transport import CHANNEL_OPTIONS
+from weft.transport import CHANNEL_OPTIONS, bearer
 
 _KEPT_BYTES = 4096  # of an answer's end
 _CHANNEL_OPTIONS = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
@@ -46,9 +46,9 @@ class Service:
         address = urlsplit(self.url)
         kind = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
         connection = kind(address.hostname or "", address.port)
-        body = {"prompt": text} | ({"model": self.model} if self.model else {})
+        body, headers = {"prompt": text} | ({"model": self.model} if self.model else {}), self.headers
         try:
-            connection.request("POST", f"{address.path}/tokenize", json.dumps(body), self.headers)
+            connection.request("POST", f"{address.path}/tokenize", json.dumps(body), headers)
             answer = connection.getresponse()
             if answer.status != http.client.OK:
                 raise WeftError(f"HTTP {answer.status}: {answer.read().decode(errors='replace')[-500:]}")
@@ -57,13 +57,15 @@ class Service:
             raise  # it is something that answers
         except OSError as error:
             raise unreachable(self.url, "--url") from error
+        except (http.client.HTTPException, ValueError, LookupError) as error:
+            raise WeftError(f"what answers at {self.url} (--url) is not the HTTP API of a `weft serve`") from error
         finally:
             connection.close()
 
     @property
     def headers(self) -> dict[str, str]:
         """Of HTTP requests."""
-        key = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        key = {"Authorization": bearer(self.api_key)} if self.api_key else {}
         return {"Content-Type": "application/json", **key}
 
 
@@ -94,7 +96,7 @@ class _GrpcClient:
     def __init__(self, service: Service, max_tokens: int) -> None:
         self._service = service
         self._sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        self._metadata = (("authorization", f"Bearer {service.api_key}"),) if service.api_key else ()
+        self._metadata = (("authorization", bearer(service.api_key)),) if service.api_key else ()
         self._channel: grpc.aio.Channel | None = None
 
     async def ask(self, prompt: str) -> Timing:
