@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ COMPLETION_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "a negative bias id": ({"logit_bias": {"-1": 1}}, "logit_bias"),
     "a bias id that is no number": ({"logit_bias": {SECRET: 1}}, "logit_bias"),
     "a bias id outside the vocabulary": ({"logit_bias": {str(VOCAB_SIZE): 1}}, "logit_bias"),
+    "a bias given twice": ({"logit_bias": {"1": 1, "01": 2}}, "logit_bias"),
     "a bias of 101": ({"logit_bias": {"1": 101}}, "logit_bias"),
     "50,000 biases": ({"logit_bias": {str(i): 1 for i in range(50_000)}}, "logit_bias"),
     "an empty stop": ({"stop": ""}, "stop"),
@@ -138,6 +140,11 @@ CHAT_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "top_logprobs alone": ({"top_logprobs": 1}, "top_logprobs"),
     "two lengths": ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
     "max_completion_tokens 0": ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    "a tool choice of an unknown type": ({"tool_choice": {"type": "search"}}, "tool_choice.type"),
+    "a tool choice without a name": (
+        {"tool_choice": {"type": "function", "function": {}}},
+        "tool_choice.function.name",
+    ),
     "an unknown tool choice": ({"tool_choice": "always"}, "tool_choice"),
     "a tool of an unknown kind": ({"tools": [{"type": "search"}]}, "tools[0].type"),
     "a tool with a bad name": (
@@ -147,6 +154,10 @@ CHAT_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "a schema of 200 levels": ({"tools": [tool(nested(200))]}, "tools[0].function.parameters"),
     "a schema of 400 levels": ({"tools": [tool(nested(400))]}, "tools[0].function.parameters"),
     "a format without a schema": ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    "a schema without its format": (
+        {"response_format": {"type": "text", "json_schema": {"name": "a"}}},
+        "response_format.json_schema",
+    ),
     "an unknown format": ({"response_format": {"type": "xml"}}, "response_format.type"),
     "a prompt": ({"prompt": "a"}, "prompt"),
     "an answer to be stored": ({"store": True}, "store"),
@@ -224,8 +235,19 @@ async def test_a_grammar_is_named_as_it_was_given(served: Served) -> None:
 
 
 async def test_an_unknown_field_is_named_only_if_it_could_be_one(served: Served) -> None:
-    check(await post(served.port, COMPLETIONS, {"prompt": "Hi", "no_such_field": 1}), 400, "no_such_field")
-    check(await post(served.port, COMPLETIONS, {"prompt": "Hi", "<b>" + SECRET: 1}), 400, None)
+    for name in ("no_such_field", "Temperature", "max-tokens"):
+        answer = await post(served.port, COMPLETIONS, {"prompt": "Hi", name: 1})
+        check(answer, 400, name)
+        assert answer.error["message"] == f"{name}: is not a field of this request"
+    for body, param in (({"<b>" + SECRET: 1}, None), ({"stream_options": {"<b>" + SECRET: 1}}, "stream_options")):
+        answer = await post(served.port, COMPLETIONS, {"prompt": "Hi"} | body)
+        check(answer, 400, param)
+        assert answer.error["message"] == f"{param or 'body'}: has a field that is not known here"
+
+
+async def test_where_the_json_is_broken_is_told(served: Served) -> None:
+    message = (await post(served.port, COMPLETIONS, b'{"prompt": "a",}')).error["message"]
+    assert re.fullmatch(r"The body is not valid JSON: .*: line 1 column 1\d \(char 1\d\)", message)
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,9 @@ def parse(body: bytes, model: type[BodyT]) -> BodyT:
     """The body as a model. Raises HttpError 400 for what is not strict JSON, and pydantic's ValidationError."""
     try:
         value = orjson.loads(body)
-    except orjson.JSONDecodeError:
+    except orjson.JSONDecodeError as error:
         # orjson refuses NaN, Infinity, numbers beyond a double, bytes that are no UTF-8 and 1,024 nested levels.
-        raise HttpError(400, "The body is not valid JSON", code="invalid_json") from None
+        raise HttpError(400, f"The body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(value, dict):
         raise HttpError(400, "The body must be a JSON object", code="invalid_json")
     _refuse_repeated_keys(body, value)

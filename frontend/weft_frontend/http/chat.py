@@ -7,7 +7,7 @@ from typing import Any, Literal
 from weft.inference.v1 import inference_pb2 as pb
 from weft_frontend.choice import ChoiceDelta
 from weft_frontend.http.call import Call
-from weft_frontend.http.fields import FieldError, Uint32
+from weft_frontend.http.fields import FieldError, Items, Uint32
 from weft_frontend.http.grammars import NamedGrammar, ResponseFormat
 from weft_frontend.http.logprobs import chat_logprobs, prompt_logprobs
 from weft_frontend.http.messages import Conversation
@@ -28,7 +28,7 @@ class ChatBody(Conversation, GenerationFields):
     parallel_tool_calls: Literal[True] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Items[Literal["text"]] | None = None
     metadata: None = None
     audio: None = None
     prediction: None = None

@@ -23,7 +23,8 @@ Headers = list[tuple[bytes, bytes]]
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _log = logging.getLogger(__name__)
-_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+_UNION_MEMBERS = frozenset({"str", "NamedToolChoice"})  # which pydantic puts into locations
 
 # In place of pydantic's own, by its type of error.
 _MESSAGES = {
@@ -115,22 +116,25 @@ def param_of(path: str) -> str:
 
 
 def _of_validation_error(error: ValidationError) -> HttpError:
-    first = error.errors(include_url=False, include_input=False)[0]
-    param = _location(first["loc"])
-    message = _MESSAGES.get(first["type"], first["msg"])
-    if first["type"] == "literal_error":  # its values are ours, as Python writes them
-        values = first["ctx"]["expected"].replace("'", '"').replace("True", "true").replace("False", "false")
+    # The deepest: of the members of a union it is the one that was meant.
+    told = max(error.errors(include_url=False, include_input=False), key=lambda one: len(one["loc"]))
+    param = _location(told["loc"])
+    message = _MESSAGES.get(told["type"], told["msg"])
+    if told["type"] == "literal_error":  # its values are ours, as Python writes them
+        values = told["ctx"]["expected"].replace("'", '"').replace("True", "true").replace("False", "false")
         message = f"must be {values}"
+    if told["type"] == "extra_forbidden" and not _NAME.fullmatch(str(told["loc"][-1])):
+        message = "has a field that is not known here"
     return HttpError(400, f"{param or 'body'}: {message}", param, "invalid_field")
 
 
 def _location(loc: tuple[int | str, ...]) -> str | None:
-    """A pydantic location as a path. Names of union members ("list[str]", "FunctionTool") are left out; a name that
-    a client made up is shown only if it could be a field's."""
+    """A pydantic location as a path. Names of union members are left out; a name that a client made up is shown only
+    if it could be a field's."""
     path = ""
     for part in loc:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif _IDENTIFIER.fullmatch(part) and part.islower() and part not in {"str", "bool", "int", "dict"}:
+        elif _NAME.fullmatch(part) and part not in _UNION_MEMBERS:
             path += f".{part}" if path else part
     return path or None

@@ -6,13 +6,21 @@ message could not hold is refused.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import re
+from typing import Annotated, Any, TypeVar
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 UINT32_MAX = 2**32 - 1
+
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")  # one way to write an id: of "1" and "01" one would win in silence
+
+ItemT = TypeVar("ItemT")
+Items = Annotated[
+    list[ItemT], Field(fail_fast=True)
+]  # a list of 500,000 wrong items held the loop for 5 s while each was told
 
 
 def invalid(message: str) -> PydanticCustomError:
@@ -59,7 +67,7 @@ def _token_ids(value: Any) -> list[int]:
 def _bias(value: Any) -> dict[int, float]:
     if not isinstance(value, dict) or not all(type(bias) in (int, float) for bias in value.values()):
         raise invalid("must be an object of numbers by token id")
-    if not all(key.isascii() and key.isdigit() and len(key) <= 10 for key in value):
+    if not all(_TOKEN_ID.fullmatch(key) for key in value):
         raise invalid("keys must be token ids")
     biases = {int(key): float(bias) for key, bias in value.items()}
     if biases and max(biases) > UINT32_MAX:
@@ -69,7 +77,7 @@ def _bias(value: Any) -> dict[int, float]:
 
 _NUMBERS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 
-Strings = Annotated[list[str], BeforeValidator(_listed, json_schema_input_type=str | list[str])]
+Strings = Annotated[Items[str], BeforeValidator(_listed, json_schema_input_type=str | list[str])]
 TokenIds = Annotated[list[int], PlainValidator(_token_ids), WithJsonSchema(_NUMBERS)]
 LogitBias = Annotated[
     dict[int, float],

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from weft.inference.v1.sampling_pb2 import StructuredOutput
-from weft_frontend.http.fields import Body, FieldError, json_text
+from weft_frontend.http.fields import Body, FieldError, Items, json_text
 
 NamedGrammar = tuple[str, StructuredOutput]
 
@@ -19,7 +19,7 @@ class StructuredFields(Body):
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Items[str] | None = None
     grammar: str | None = None
 
     def named(self) -> list[NamedGrammar]:
@@ -46,6 +46,8 @@ class ResponseFormat(Body):
 
     def named(self) -> list[NamedGrammar]:
         """The grammar, with the field that names it; none for text."""
+        if self.json_schema is not None and self.type != "json_schema":
+            raise FieldError("response_format.json_schema", 'needs type = "json_schema"')
         if self.type == "text":
             return []
         if self.type == "json_object":

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator
 
 from weft.inference.v1 import inference_pb2 as pb
 from weft.inference.v1.output_pb2 import ToolCall
-from weft_frontend.http.fields import Body, FieldError, invalid, json_text
+from weft_frontend.http.fields import Body, FieldError, Items, invalid, json_text
 
 MAX_TEMPLATE_ARG_DEPTH = 32  # a Struct is built by recursion
 
@@ -27,7 +27,7 @@ def _parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-Content = Annotated[list[TextPart], BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])]
+Content = Annotated[Items[TextPart], BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])]
 
 
 class FunctionCall(Body):
@@ -51,7 +51,7 @@ class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: str | None = None
-    tool_calls: list[MessageToolCall] | None = None
+    tool_calls: Items[MessageToolCall] | None = None
     tool_call_id: str | None = None
     refusal: None = None  # answers carry it, and clients send them back
 
@@ -122,8 +122,8 @@ _MODES = {
 class Conversation(Body):
     """Messages and what renders them."""
 
-    messages: list[ChatMessage]
-    tools: list[FunctionTool] | None = None
+    messages: Items[ChatMessage]
+    tools: Items[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from weft.inference.v1 import inference_pb2 as pb
 from weft.inference.v1.sampling_pb2 import SamplingParams
-from weft_frontend.http.fields import Body, Int32, Int64, LogitBias, Strings, TokenIds, Uint32
+from weft_frontend.http.fields import Body, Int32, Int64, Items, LogitBias, Strings, TokenIds, Uint32
 from weft_frontend.http.grammars import NamedGrammar, StructuredFields, named_grammars, only_grammar
 
 
@@ -42,12 +42,12 @@ class GenerationFields(Body):
     prompt_logprobs: Uint32 | None = None
     logit_bias: LogitBias | None = None
     allowed_token_ids: TokenIds | None = None
-    bad_words: list[str] | None = None
+    bad_words: Items[str] | None = None
     skip_special_tokens: bool | None = None
     structured_outputs: StructuredFields | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Items[str] | None = None
     guided_grammar: str | None = None
     model: str | None = None
     stream: bool | None = None

@@ -6,14 +6,14 @@ from pydantic import Field
 
 from weft.inference.v1 import inference_pb2 as pb
 from weft_frontend.http.call import Call
-from weft_frontend.http.fields import Body, FieldError, TokenIds
+from weft_frontend.http.fields import Body, FieldError, Items, TokenIds
 from weft_frontend.http.messages import ChatMessage, Conversation
 
 
 class TokenizeBody(Conversation):
     """Text, or a conversation through its template."""
 
-    messages: list[ChatMessage] = Field(default_factory=list)
+    messages: Items[ChatMessage] = Field(default_factory=list)
     prompt: str | None = None
     model: str | None = None
     add_special_tokens: bool | None = None
