@@ -210,6 +210,7 @@ async def test_bench_serve_takes_no_broken_stream_for_a_whole_one(end: bytes) ->
         ["bench", "frontend", "--streams", "0"],
         ["bench", "frontend", "--seconds", "0"],
         ["bench", "frontend", "--interval", "0"],
+        ["bench", "frontend", "--tokenizer", "."],
         ["bench", "engine", ".", "--top-k", "-1"],
         ["bench", "engine", ".", "--top-p", "0"],
         ["bench", "engine", ".", "--temperature", "-1"],

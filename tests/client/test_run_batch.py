@@ -70,7 +70,7 @@ def request(number: int, **changes: Any) -> dict[str, Any]:
 
 def run(server: EchoServer, folder: Path, lines: list[str], *options: str) -> tuple[list[dict[str, Any]], str]:
     source, output = folder / "in.jsonl", folder / "out.jsonl"
-    source.write_text("\n".join(lines) + "\n")
+    source.write_text("\n".join(lines) + "\n", errors="surrogateescape")
     arguments = ["run-batch", "-i", str(source), "-o", str(output), "--base-url", server.url, *options]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     results = [json.loads(line) for line in output.read_text().splitlines()]
@@ -117,6 +117,7 @@ def test_a_busy_service_is_asked_again_and_other_errors_are_kept(server: EchoSer
     ("line", "message"),
     [
         ("{", "line 2: is not JSON: Expecting"),
+        ('{"custom_id": "\udcff"}', "line 2: 'utf-8' codec can't encode"),
         ("[]", "must be a JSON object"),
         (json.dumps(request(1, custom_id=7)), "custom_id"),
         (json.dumps(request(1, method="GET")), "method"),

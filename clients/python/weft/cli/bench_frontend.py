@@ -17,6 +17,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import click
 import grpc.aio
@@ -30,7 +31,8 @@ MAX_TOKENS = 4000  # of one stream; the fake model takes 4,096
 WARM_UP = 2.0  # seconds before the measured window
 PROMPT = "The capital of France is"
 _TIME = click.FloatRange(0, 3600, min_open=True)
-_READY = re.compile(r"ready in .* s: (?P<model>\S+) on ")
+_BACKEND_READY = re.compile("fake backend on ")
+_FRONTEND_READY = re.compile(r"ready in .* s: (?P<model>\S+) on ")
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -104,6 +106,8 @@ def bench_frontend(
 ) -> None:
     """CPU time a token of the frontend alone, over HTTP and gRPC."""
     check_installed(FRONTEND)
+    if tokenizer is not None and not Path(tokenizer, "tokenizer.json").is_file():
+        raise click.BadParameter(f"{tokenizer} has no tokenizer.json", param_hint="--tokenizer")
     load = Load(streams, seconds, interval)
     with _services(load, tokenizer or str(builtin_model())) as frontend:
         costs = {
@@ -130,11 +134,11 @@ def _services(load: Load, tokenizer: str) -> Iterator[Frontend]:
     target = f"127.0.0.1:{backend_port}"
     with contextlib.ExitStack() as stack:
         fake = ["--tokenizer", tokenizer, "--port", str(backend_port), "--interval", str(load.interval)]
-        stack.enter_context(_process("weft.testing", *fake))
+        _await(_BACKEND_READY, stack.enter_context(_process("weft.testing", *fake)))
         ports = ["--host", "127.0.0.1", "--port", str(http_port), "--grpc-port", str(grpc_port)]
         started = time.perf_counter()
         process = stack.enter_context(_process("weft_frontend", "--backend", target, "--workers", "1", *ports))
-        model = _await_ready(process)
+        model = _await(_FRONTEND_READY, process)["model"]
         yield Frontend(process.pid, model, http_port, grpc_port, time.perf_counter() - started)
 
 
@@ -151,12 +155,12 @@ def _process(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
-def _await_ready(process: subprocess.Popen[str]) -> str:
+def _await(ready: re.Pattern[str], process: subprocess.Popen[str]) -> re.Match[str]:
     assert process.stdout is not None
     for line in process.stdout:
-        if (found := _READY.search(line)) is not None:
-            return found["model"]
-    raise click.ClickException("the frontend ended before it was ready")
+        if (found := ready.search(line)) is not None:
+            return found
+    raise click.ClickException("a service ended before it was ready")
 
 
 _Reader = Callable[[Frontend, Load, Seen], Coroutine[None, None, None]]

@@ -77,7 +77,11 @@ class LoadOptions:
     @property
     def config(self) -> dict[str, Any]:
         """config.json of the shape."""
-        fields: dict[str, Any] = json.loads((self.shape / "config.json").read_text())
+        file = self.shape / "config.json"
+        try:
+            fields: dict[str, Any] = json.loads(file.read_text())
+        except ValueError as error:
+            raise click.ClickException(f"{file} is not JSON: {error}") from error
         return fields
 
     @property

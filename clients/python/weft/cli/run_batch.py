@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import click
@@ -62,7 +62,7 @@ class BatchRunner:
         name = f"batch_req_{uuid.uuid4().hex}"
         output: dict[str, Any] = {"id": name, "custom_id": None, "response": None, "error": None}
         try:
-            request = json.loads(line)
+            request = json.loads(line.encode())
             output["custom_id"] = request.get("custom_id") if isinstance(request, dict) else None
             check_line(request)
             payload = json.dumps(request["body"]).encode()
@@ -142,7 +142,14 @@ def run_lines(runner: BatchRunner, lines: Iterable[str], concurrency: int) -> Ge
 
 
 @click.command("run-batch", context_settings=FORWARDING)
-@click.option("-i", "--input", "source", type=click.File(encoding="utf-8"), required=True, help="JSON lines to run.")
+@click.option(
+    "-i",
+    "--input",
+    "source",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    required=True,
+    help='JSON lines to run; "-": standard input.',
+)
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Where answers go."
 )
@@ -155,7 +162,7 @@ def run_lines(runner: BatchRunner, lines: Iterable[str], concurrency: int) -> Ge
 @click.option("--concurrency", type=COUNT, default=256, show_default=True, help="Requests under way at once.")
 @click.argument("arguments", metavar="[MODEL] [BACKEND OPTIONS]...", nargs=-1, type=click.UNPROCESSED)
 def run_batch(
-    source: IO[str],
+    source: str,
     output: Path,
     base_url: str | None,
     api_key: str | None,
@@ -167,7 +174,7 @@ def run_batch(
     Without --base-url a private service of MODEL, by default the built-in one, is started; other options are those of
     the backend, as `weft backend --help` lists them.
     """
-    if output.exists() and Path(source.name).exists() and output.samefile(source.name):  # stdin has no path
+    if source != "-" and output.exists() and output.samefile(source):
         raise click.UsageError("-o is the input file: it would be emptied before it is read")
     if base_url and arguments:
         raise click.UsageError("MODEL and backend options have no effect with --base-url")
@@ -175,8 +182,12 @@ def run_batch(
         BatchRunner(base_url, api_key).check()
     output.open("a").close()  # a folder that is missing is found before a service is started
     num_done = num_failed = 0
-    with _service(base_url, arguments) as url, output.open("w", encoding="utf-8") as sink:
-        results = run_lines(BatchRunner(url, api_key), source, concurrency)
+    with (
+        _service(base_url, arguments) as url,
+        click.open_file(source, encoding="utf-8", errors="surrogateescape") as lines,  # a bad byte is its line's fault
+        output.open("w", encoding="utf-8") as sink,
+    ):
+        results = run_lines(BatchRunner(url, api_key), lines, concurrency)
         for result in tqdm(results, unit="req", desc="Processed requests"):
             num_done += 1
             sink.write(json.dumps(result, ensure_ascii=False) + "\n")
