@@ -63,6 +63,11 @@ async def test_a_bad_request_is_answered_in_json(served: Served, case: str) -> N
     assert "Traceback" not in answer.error["message"]
 
 
+async def test_the_method_to_use_is_told(served: Served) -> None:
+    answer = await send(served.port, request("GET", PATH))
+    assert answer.error["message"] == "Method Not Allowed: use POST"
+
+
 async def test_a_chunked_body_is_limited_too(served: Served) -> None:
     chunk = b"8000\r\n" + b"a" * 0x8000 + b"\r\n"
     head = request("POST", PATH, b"", content_length="", transfer_encoding="chunked")

@@ -82,7 +82,8 @@ def http_error(error: Exception, names: Mapping[str, str] | None = None) -> Http
             return HttpError(400, f"{error.field}: {error}", error.field, "invalid_field")
         case HTTPException():
             headers = [(name.encode(), value.encode()) for name, value in (error.headers or {}).items()]
-            return HttpError(error.status_code, HTTPStatus(error.status_code).phrase, headers=headers)
+            phrase, allowed = HTTPStatus(error.status_code).phrase, (error.headers or {}).get("Allow")
+            return HttpError(error.status_code, f"{phrase}: use {allowed}" if allowed else phrase, headers=headers)
         case _:
             return HttpError(500, "Internal error", code="internal")
 
