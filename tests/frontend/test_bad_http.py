@@ -89,6 +89,10 @@ COMPLETION_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "a stop that is no string": ({"stop": [1]}, "stop[0]"),
     "a stop id outside the vocabulary": ({"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids"),
     "a stop id -1": ({"stop_token_ids": [-1]}, "stop_token_ids"),
+    "allowed ids that all end it before min_tokens": (
+        {"allowed_token_ids": [5, 6], "stop_token_ids": [5, 6, 7], "min_tokens": 1},
+        "allowed_token_ids",
+    ),
     "an allowed id outside the vocabulary": ({"allowed_token_ids": [VOCAB_SIZE]}, "allowed_token_ids"),
     "logprobs 1e6": ({"logprobs": 1_000_000}, "logprobs"),
     "prompt_logprobs -1": ({"prompt_logprobs": -1}, "prompt_logprobs"),

@@ -284,6 +284,7 @@ SHORT = ModelCard(max_model_len=32)
         (ask(""), errors.InvalidRequest, "prompts[0].text"),
         (ask("a" * 5000), errors.InvalidRequest, "prompts[0].text"),
         (ask("日" * 40), errors.InvalidRequest, "prompts[0].text"),
+        (ask(allowed_token_ids=[EOS], min_tokens=1), errors.InvalidRequest, "sampling.allowed_token_ids"),
         (ask(bad_words=["x"]), errors.Unsupported, "sampling.bad_words"),
         (pb.GenerateRequest(model="other", prompts=[pb.Prompt(text="x")]), errors.NotFound, "model"),
     ],
