@@ -49,7 +49,9 @@ def _default_workers(grpc_listen: str | None) -> int:
 @click.option("--max-body-bytes", default=2 << 20,
               help="Largest HTTP body or gRPC message.")  # fmt: skip
 @click.option("--request-timeout", type=float, metavar="SECONDS", help="Deadline of requests that bring none.")
-@click.option("--drain-timeout", default=30.0, metavar="SECONDS", help="Time for running requests after SIGTERM.")
+@click.option(
+    "--drain-timeout", default=30.0, metavar="SECONDS", help="Time for running requests after SIGTERM; 0: none."
+)
 @click.option("--log-level", default="warning", type=click.Choice(["debug", "info", "warning", "error"]),
               help="What is logged.")  # fmt: skip
 def main(

@@ -35,7 +35,7 @@ _GRACE_BEYOND_DRAIN = 10.0  # seconds a service gets to end after its drain
     type=Seconds(),
     default=30,
     show_default=True,
-    help="Seconds that running requests get at the end.",
+    help="Seconds that running requests get at the end; 0: none.",
 )
 def serve(arguments: tuple[str, ...], **server: Any) -> None:
     """Serve MODEL, a folder or a hub id; by default the built-in one.
