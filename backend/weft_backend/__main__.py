@@ -106,10 +106,11 @@ def main(
         model, default_name = str(BUILTIN_MODEL), BUILTIN_MODEL_NAME
     else:
         default_name = Path(model).name
+    name = default_name if served_model_name is None else served_model_name
     logging.basicConfig(level=logging.WARNING, format="weft: %(message)s")
     try:
         config = BackendConfig(
-            engine=EngineConfig(model=model, served_model_name=served_model_name or default_name, **engine),  # type: ignore[arg-type]
+            engine=EngineConfig(model=model, served_model_name=name, **engine),  # type: ignore[arg-type]
             address=listen or f"{host}:{port}",
             metrics_address=(host, metrics_port) if metrics_port else None,
             drain_timeout=drain_timeout,

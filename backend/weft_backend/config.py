@@ -14,6 +14,8 @@ from weft_backend.errors import StartupError
 BUILTIN_MODEL = Path(__file__).parent / "weft_tiny"
 BUILTIN_MODEL_NAME = "weft-tiny"
 FLOAT8_NAMES = ("fp8", "fp8_e4m3")  # of the same type
+_LARGEST = dict.fromkeys(("num_pages", "max_num_batched_tokens", "max_queued_tokens"), (1 << 31) - 1)  # as int32 counts
+_LARGEST |= {"max_num_seqs": 1 << 16, "tensor_parallel_size": 64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,10 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check(self, "gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "in (0, 1]")
-        for name in ("num_pages", "max_num_seqs", "max_queued_tokens", "tensor_parallel_size"):
-            _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        _check(self, "served_model_name", self.served_model_name != "", "a name, not empty")
+        for name, most in _LARGEST.items():
+            value = getattr(self, name)
+            _check(self, name, value is None or 1 <= value <= most, f"in [1, {most}]")
         _check(self, "quantization", self.quantization in (None, "fp8"), "fp8")
         _check(self, "kv_cache_dtype", self.kv_cache_dtype in ("auto", *FLOAT8_NAMES), "auto, fp8 or fp8_e4m3")
         # What the attention kernels take; the CPU would take any, but then a setting would not move to a GPU.

@@ -118,7 +118,7 @@ def penalize(logits: Tensor, history: Tensor, positions: Tensor, given: Adjustme
     zeros = torch.zeros_like(logits)
     seen = zeros.scatter_add(1, history, known.float()) > 0
     counts = zeros.scatter_add(1, history, generated.float())
-    repetition = given.repetition_penalty[:, None]
+    repetition = given.repetition_penalty[:, None].clamp(min=1e-6)  # what is divided by less may be infinite
     repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
     penalty = given.frequency_penalty[:, None] * counts + given.presence_penalty[:, None] * (counts > 0)
     return torch.where(seen, repeated, logits) - penalty

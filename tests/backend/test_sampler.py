@@ -82,6 +82,10 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
     torch.testing.assert_close(Rows({"repetition_penalty": 1.7}).adjust(logits), theirs)
 
 
+def test_the_smallest_repetition_penalty_leaves_numbers() -> None:
+    assert Rows({"repetition_penalty": 1e-45}).adjust(random_logits(1)).isfinite().all()
+
+
 def test_bias_and_allowed_ids() -> None:
     rows = Rows(
         {"logit_bias": {2: 5.0, 9: -100.0}},
