@@ -140,7 +140,7 @@ def test_a_failure_ends_with_one_line_and_a_status(monkeypatch: pytest.MonkeyPat
 def test_help_is_complete_and_short() -> None:
     result = CliRunner().invoke(cli.main, ["--help"], terminal_width=120)
     assert len(result.output.splitlines()) < 45
-    options = re.findall(r"^ +(--[a-z-]+)", result.output, re.MULTILINE)
+    options = re.findall(r"^ +(?:-h, )?(--[a-z-]+)", result.output, re.MULTILINE)
     assert len(options) == len(cli.main.params)  # without MODEL, with --help
 
 
