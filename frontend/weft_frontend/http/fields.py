@@ -18,9 +18,8 @@ UINT32_MAX = 2**32 - 1
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")  # one way to write an id: of "1" and "01" one would win in silence
 
 ItemT = TypeVar("ItemT")
-Items = Annotated[
-    list[ItemT], Field(fail_fast=True)
-]  # a list of 500,000 wrong items held the loop for 5 s while each was told
+# Only the first wrong item is told: telling 500,000 held the event loop for 5 s.
+Items = Annotated[list[ItemT], Field(fail_fast=True)]
 
 
 def invalid(message: str) -> PydanticCustomError:
