@@ -28,13 +28,9 @@ def make_card(
     """
     limits = default_limits()
     defaults = dataclasses.asdict(model.default_sampling)
-    try:
-        check_sampling(SamplingParams(**defaults), limits, model.vocab_size, field="generation_config.json")
-    except InvalidField as error:
-        raise StartupError(str(error)) from error
     if config.max_queued_tokens is not None:
         limits.max_queued_tokens = config.max_queued_tokens
-    return ModelCard(
+    card = ModelCard(
         name=config.served_model_name,
         architecture=model.architecture,
         vocab_size=model.vocab_size,
@@ -50,6 +46,11 @@ def make_card(
         default_sampling=SamplingDefaults(**defaults),
         created=int(time.time()),
     )
+    try:
+        check_sampling(SamplingParams(**defaults), card, field="generation_config.json")
+    except InvalidField as error:
+        raise StartupError(str(error)) from error
+    return card
 
 
 def describe_defaults(model: ModelConfig) -> str:

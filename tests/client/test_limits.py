@@ -59,14 +59,14 @@ REFUSED: list[tuple[str, Any]] = [
 @BOTH
 @pytest.mark.parametrize(("name", "value"), ALLOWED)
 def test_the_ends_of_a_range_are_allowed(kind: Any, name: str, value: Any) -> None:
-    check_sampling(kind(**{name: value}), LIMITS, VOCAB_SIZE)
+    check_sampling(kind(**{name: value}), CARD)
 
 
 @BOTH
 @pytest.mark.parametrize(("name", "value"), REFUSED)
 def test_values_out_of_range_are_refused_by_name(kind: Any, name: str, value: Any) -> None:
     with pytest.raises(InvalidField) as caught:
-        check_sampling(kind(**{name: value}), LIMITS, VOCAB_SIZE)
+        check_sampling(kind(**{name: value}), CARD)
     assert not isinstance(caught.value, Unsupported)
     assert caught.value.field == f"sampling.{name}"
     assert len(str(caught.value)) < 200
@@ -86,7 +86,7 @@ def test_values_out_of_range_are_refused_by_name(kind: Any, name: str, value: An
 def test_features_that_are_not_offered(sampling: Any) -> None:
     (descriptor, _), *_ = sampling.ListFields()
     with pytest.raises(Unsupported) as caught:
-        check_sampling(sampling, LIMITS, VOCAB_SIZE)
+        check_sampling(sampling, CARD)
     assert caught.value.field == f"sampling.{descriptor.name}"
 
 
@@ -105,13 +105,23 @@ def test_features_that_are_not_offered(sampling: Any) -> None:
 )
 def test_public_fields(fields: dict[str, Any], name: str) -> None:
     with pytest.raises(InvalidField) as caught:
-        check_sampling(public_sampling.SamplingParams(**fields), LIMITS, VOCAB_SIZE)
+        check_sampling(public_sampling.SamplingParams(**fields), CARD)
     assert caught.value.field == f"sampling.{name}"
+
+
+@BOTH
+def test_some_allowed_id_must_not_end_what_has_to_go_on(kind: Any) -> None:
+    card = ModelCard(vocab_size=VOCAB_SIZE, eos_token_ids=[2], limits=LIMITS)
+    ends = {"allowed_token_ids": [2, 9], "stop_token_ids": [9]}
+    for more in ({}, {"min_tokens": 1, "ignore_eos": True}, {"min_tokens": 1, "stop_token_ids": [8]}):
+        check_sampling(kind(**(ends | more)), card)
+    with pytest.raises(InvalidField, match=r"^sampling.allowed_token_ids: must have one that does not end"):
+        check_sampling(kind(**ends, min_tokens=1), card)
 
 
 def test_fields_of_a_newer_contract_are_refused() -> None:
     with pytest.raises(Unsupported, match="field number 99"):
-        check_sampling(engine_sampling.SamplingParams.FromString(b"\x98\x06\x01"), LIMITS, VOCAB_SIZE)
+        check_sampling(engine_sampling.SamplingParams.FromString(b"\x98\x06\x01"), CARD)
 
 
 def request(num_prompt: int = 3, num_resumed: int = 0, **fields: Any) -> TokenRequest:

@@ -143,7 +143,7 @@ _CHECKS: dict[str, _Check] = {
 _UNSUPPORTED = frozenset({"beam_search", "use_beam_search", "bad_words", "structured_output"})
 
 
-def check_sampling(sampling: Message, limits: Limits, vocab_size: int, field: str = "sampling") -> None:
+def check_sampling(sampling: Message, card: ModelCard, field: str = "sampling") -> None:
     """Check either contract's SamplingParams; lengths are checked with the prompt, by ``check_token_request``.
 
     Raises InvalidField, or Unsupported where a feature is asked for that is not offered or not known here.
@@ -153,12 +153,17 @@ def check_sampling(sampling: Message, limits: Limits, vocab_size: int, field: st
         if name in _UNSUPPORTED:
             raise Unsupported(f"{field}.{name}", "is not supported")
         check = _CHECKS.get(name)
-        if check is not None and (problem := check(value, limits, vocab_size)) is not None:
+        if check is not None and (problem := check(value, card.limits, card.vocab_size)) is not None:
             raise InvalidField(f"{field}.{name}", problem)
     refuse_unknown_fields(sampling, field)
     params: Any = sampling
     if params.HasField("max_tokens") and params.min_tokens > params.max_tokens:
         raise InvalidField(f"{field}.min_tokens", "must not exceed max_tokens")
+    if params.min_tokens and params.allowed_token_ids:
+        ends = {*params.stop_token_ids, *([] if params.ignore_eos else card.eos_token_ids)}
+        if ends.issuperset(params.allowed_token_ids):
+            problem = "must have one that does not end the sequence: see min_tokens"
+            raise InvalidField(f"{field}.allowed_token_ids", problem)
 
 
 def refuse_unknown_fields(message: Message, field: str) -> None:
@@ -224,7 +229,7 @@ def check_all_but_ids(request: TokenRequest, card: ModelCard) -> None:
     """``check_token_request`` without the ids of the prompt; ``check_largest_id`` is left to do."""
     check_options(request)
     _check_num_tokens(len(request.prompt_token_ids), card, "prompt_token_ids")
-    check_sampling(request.sampling, card.limits, card.vocab_size)
+    check_sampling(request.sampling, card)
     refuse_unknown_fields(request, "request")
     _check_lengths(request, card)
 

@@ -197,10 +197,7 @@ def _check_template_fields(request: ChatRequest) -> None:
 
 
 def _check_public_sampling(sampling: SamplingParams, card: ModelCard, stream: bool) -> None:
-    check_sampling(sampling, card.limits, card.vocab_size)
-    ends = {*sampling.stop_token_ids, *([] if sampling.ignore_eos else card.eos_token_ids)}
-    if sampling.min_tokens and sampling.allowed_token_ids and ends.issuperset(sampling.allowed_token_ids):
-        raise InvalidField("sampling.allowed_token_ids", "must have one that does not end the sequence: see min_tokens")
+    check_sampling(sampling, card)
     if not sampling.HasField("best_of"):
         return
     n = sampling.n if sampling.HasField("n") else 1
