@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from pydantic import BaseModel
 
 from weft import AsyncClient, Client, SamplingParams
 from weft.calls import PromptLike
@@ -61,8 +62,8 @@ BAD_CALLS: list[tuple[str, Any, dict[str, Any], str]] = [  # method, argument, o
     ("generate", "a", {"timeout": "5"}, "timeout: wrong type"),
     ("chat", "hi", {}, 'messages: must be a list of dicts with "role" and "content"'),
     ("chat", {"role": "user", "content": "hi"}, {}, "messages: must be a list"),
-    ("chat", ["hi"], {}, r"messages\[0\]: wrong type: must be a dict"),
-    ("chat", [{"content": [{"type": "image_url"}]}], {}, r"messages\[0\]: content: every part must be text"),
+    ("chat", ["hi"], {}, r"messages\[0\]: must be a dict with \"role\""),
+    ("chat", [{"content": [{"type": "image_url"}]}], {}, r"messages\[0\]: lacks 'text'"),
     ("chat", [], {"tools": [{}]}, "tools: lacks 'function'"),
     ("chat", [], {"tool_choice": "sometimes"}, "tool_choice: must be one of none, auto, required"),
     ("chat", [], {"template_args": 5}, "template_args: wrong type"),
@@ -133,6 +134,23 @@ def test_chat_takes_openai_shapes(service: Any, target: str) -> None:
     assert request.template_args.fields["thinking"].bool_value is False
     assert request.HasField("add_generation_prompt")
     assert not request.add_generation_prompt
+
+
+def test_chat_takes_what_sdks_return(service: Any, target: str) -> None:
+    class Fields(BaseModel, extra="allow"):
+        """As the openai SDK's classes are."""
+
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    parts = ({"type": "text", "text": text} for text in "ab")
+    messages = [
+        {"role": "user", "content": parts, "name": None},
+        Fields(role="assistant", content=None, refusal=None, audio=None, tool_calls=[Fields(**call)]),  # type: ignore[arg-type]
+    ]
+    with Client(target) as client:
+        client.chat(iter(messages))  # type: ignore[arg-type]
+    sent = service.requests[-1].messages
+    assert [(message.role, message.content) for message in sent] == [("user", "a\nb"), ("assistant", "")]
+    assert sent[1].tool_calls[0].name == "add"
 
 
 def test_tokens_and_models(service: Any, target: str) -> None:

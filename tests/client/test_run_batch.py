@@ -136,6 +136,11 @@ def test_a_bad_line_fails_alone(server: EchoServer, tmp_path: Path, line: str, m
     assert "2 requests, 1 failed" in output
 
 
+def test_an_id_that_is_no_text_comes_back(server: EchoServer, tmp_path: Path) -> None:
+    results, _ = run(server, tmp_path, [json.dumps(request(1, custom_id="\ud800 日"))])
+    assert results[0]["custom_id"] == "\ud800 日"
+
+
 def test_a_service_that_is_gone(server: EchoServer) -> None:
     server.socket.close()
     assert BatchRunner(server.url, None).run(1, json.dumps(request(1)))["error"]["code"] == "connection_error"

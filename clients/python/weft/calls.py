@@ -109,9 +109,9 @@ def stream_chat(
 
 def tokenize(text: str, add_special_tokens: bool | None, options: CallOptions) -> Call[pb.TokenizeResponse]:
     """Text to token ids."""
+    _check_options(options, CallOptions.__optional_keys__)
     request = pb.TokenizeRequest()
-    _set_options(request, options, CallOptions.__optional_keys__)
-    _set(request, {"text": text, "add_special_tokens": add_special_tokens})
+    _set(request, {**options, "text": text, "add_special_tokens": add_special_tokens})
     return Call("Tokenize", request, pb.TokenizeResponse, options.get("timeout"))
 
 
@@ -126,9 +126,9 @@ def detokenize(
     token_ids: Sequence[int], skip_special_tokens: bool, options: CallOptions
 ) -> Call[pb.DetokenizeResponse]:
     """Token ids to text."""
+    _check_options(options, CallOptions.__optional_keys__)
     request = pb.DetokenizeRequest()
-    _set_options(request, options, CallOptions.__optional_keys__)
-    _set(request, {"skip_special_tokens": skip_special_tokens})
+    _set(request, {**options, "skip_special_tokens": skip_special_tokens})
     with naming("token_ids"):
         request.token_ids.extend(token_ids)
     return Call("Detokenize", request, pb.DetokenizeResponse, options.get("timeout"))
@@ -148,33 +148,34 @@ def as_list(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
     return [prompts] if prompts and isinstance(prompts[0], int) else list(prompts)  # type: ignore[list-item, arg-type]
 
 
-def prompt_parts(prompt: PromptLike, field: str) -> tuple[str | None, pb.TokenIds | None]:
-    """A prompt's text and its token ids, of which one or both are set."""
+def prompt_parts(prompt: PromptLike) -> tuple[str | None, Iterable[int] | None]:
+    """A prompt's text and its token ids, of which one or both are set. Raises ValueError."""
     if not isinstance(prompt, Mapping):
         prompt = {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
-    text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    given = {name: value for name, value in prompt.items() if value is not None}
+    text, token_ids = given.pop("prompt", None), given.pop("prompt_token_ids", None)
     if (
-        prompt.keys() - {"prompt", "prompt_token_ids"}
+        given
         or (text is None and token_ids is None)
         or not isinstance(text, str | None)
         or not isinstance(token_ids, Iterable | None)
         or isinstance(token_ids, str | bytes)
     ):
-        raise refused(field, _PROMPT)
+        raise ValueError(_PROMPT)
+    return text, token_ids
+
+
+def as_prompt(prompt: PromptLike, field: str) -> pb.Prompt:
+    """A prompt's token ids, or its text if it has none."""
     with naming(field):
-        return text, None if token_ids is None else pb.TokenIds(ids=token_ids)
+        text, token_ids = prompt_parts(prompt)
+        return pb.Prompt(text=text) if token_ids is None else pb.Prompt(token_ids=pb.TokenIds(ids=token_ids))
 
 
 def check_messages(messages: object) -> None:
     """Refuse what is no list."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+    if not isinstance(messages, Iterable) or isinstance(messages, str | bytes | Mapping):
         raise refused("messages", 'must be a list of dicts with "role" and "content"')
-
-
-def _as_prompt(prompt: PromptLike, field: str) -> pb.Prompt:
-    text, token_ids = prompt_parts(prompt, field)
-    with naming(field):
-        return pb.Prompt(text=text) if token_ids is None else pb.Prompt(token_ids=token_ids)
 
 
 def _as_sampling(sampling: SamplingParams | None) -> sampling_pb2.SamplingParams | None:
@@ -184,35 +185,31 @@ def _as_sampling(sampling: SamplingParams | None) -> sampling_pb2.SamplingParams
 
 
 _REQUEST_OPTIONS = frozenset(pb.RequestOptions.DESCRIPTOR.fields_by_name)
-_NO_FIELDS = {"timeout", "tools", "tool_choice", "template_args"}  # that are set as they are
+_COMPOSITE = {"timeout", "tools", "tool_choice", "template_args"}  # are set where they are understood
 
 
-def _set_options(request: Any, options: Mapping[str, object], known: frozenset[str]) -> None:
-    """Set the options that are fields of the request, and those that are fields of its RequestOptions."""
+def _check_options(options: Mapping[str, object], known: frozenset[str]) -> None:
     if unknown := options.keys() - known:
         raise TypeError(f"there is no option {min(unknown)}; there are {', '.join(sorted(known))}")
-    fields = {name: value for name, value in options.items() if name not in _NO_FIELDS}
-    _set(request, {name: value for name, value in fields.items() if name not in _REQUEST_OPTIONS})
-    if common := {name: value for name, value in fields.items() if name in _REQUEST_OPTIONS}:
-        _set(request.options, common)
 
 
-def _set(message: Message, fields: Mapping[str, object]) -> None:
-    """Set scalar fields; None leaves one unset."""
+def _set(request: Any, fields: Mapping[str, object]) -> None:
+    """Set scalar fields of the request or of its RequestOptions; None leaves one unset."""
     for name, value in fields.items():
-        if value is not None:
+        if value is not None and name not in _COMPOSITE:
             with naming(name):
-                setattr(message, name, value)
+                setattr(request.options if name in _REQUEST_OPTIONS else request, name, value)
 
 
 def _generate_request(
     prompts: PromptLike | Sequence[PromptLike], sampling: SamplingParams | None, options: RequestOptions
 ) -> pb.GenerateRequest:
+    _check_options(options, RequestOptions.__optional_keys__)
     request = pb.GenerateRequest(
-        prompts=[_as_prompt(prompt, f"prompts[{index}]") for index, prompt in enumerate(as_list(prompts))],
+        prompts=[as_prompt(prompt, f"prompts[{index}]") for index, prompt in enumerate(as_list(prompts))],
         sampling=_as_sampling(sampling),
     )
-    _set_options(request, options, RequestOptions.__optional_keys__)
+    _set(request, options)
     return request
 
 
@@ -222,9 +219,10 @@ def _chat_request(
     options: Mapping[str, Any],
     known: frozenset[str],
 ) -> pb.ChatRequest:
+    _check_options(options, known)
     check_messages(messages)
     request = pb.ChatRequest(sampling=_as_sampling(sampling))
-    _set_options(request, options, known)
+    _set(request, options)
     for index, message in enumerate(messages):
         with naming(f"messages[{index}]"):
             request.messages.append(as_message(message))

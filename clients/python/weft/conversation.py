@@ -14,22 +14,21 @@ MessageLike = pb.Message | Mapping[str, Any]
 # The tool itself, or a dict as in OpenAI's API: {"type": "function", "function": {…}}.
 ToolLike = pb.Tool | Mapping[str, Any]
 
-_RULES = ("none", "auto", "required")
+_MODES = ("none", "auto", "required")
 
 
 def as_message(message: MessageLike) -> pb.Message:
     """A message; content in parts is joined, and every part must be text. Raises TypeError, ValueError, KeyError."""
     if isinstance(message, pb.Message):
         return message
-    if not isinstance(message, Mapping):
-        raise TypeError('must be a dict with "role" and "content"')
-    fields = dict(message)
-    content = fields.pop("content", None) or ""
+    try:
+        fields = {name: value for name, value in dict(message).items() if value is not None}
+    except (TypeError, ValueError):
+        raise ValueError('must be a dict with "role" and "content"') from None
+    content = fields.pop("content", "")
     if not isinstance(content, str):
-        if any("text" not in part for part in content):
-            raise ValueError("content: every part must be text")
         content = "\n".join(part["text"] for part in content)
-    calls = [_as_tool_call(call) for call in fields.pop("tool_calls", None) or ()]
+    calls = [_as_tool_call(call) for call in fields.pop("tool_calls", ())]
     return pb.Message(content=content, tool_calls=calls, **fields)
 
 
@@ -45,12 +44,12 @@ def as_tool(tool: ToolLike) -> pb.Tool:
 def as_tool_choice(choice: str | Mapping[str, Any]) -> pb.ToolChoice:
     """A rule ("none", "auto", "required") or a function. Raises TypeError, ValueError, KeyError."""
     if isinstance(choice, str):
-        if choice not in _RULES:
-            raise ValueError(f"must be one of {', '.join(_RULES)}, or a function")
+        if choice not in _MODES:
+            raise ValueError(f"must be one of {', '.join(_MODES)}, or a function")
         return pb.ToolChoice(mode=f"MODE_{choice.upper()}")
     return pb.ToolChoice(name=choice["function"]["name"])
 
 
 def _as_tool_call(call: Mapping[str, Any]) -> output_pb2.ToolCall:
-    function = call["function"]
-    return output_pb2.ToolCall(id=call.get("id"), name=function["name"], arguments=function["arguments"])
+    function = dict(dict(call)["function"])
+    return output_pb2.ToolCall(id=dict(call).get("id"), name=function["name"], arguments=function["arguments"])

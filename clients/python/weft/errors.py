@@ -29,7 +29,7 @@ _DETAILS_KEY = "grpc-status-details-bin"
 
 
 class WeftError(Exception):
-    """A service answered with an error status, or a client has found what a service would refuse."""
+    """A service answered with an error status or could not be started, or a client was asked for what it cannot do."""
 
     def __init__(
         self,
@@ -114,8 +114,6 @@ def naming(field: str) -> Iterator[None]:
     """Let InvalidRequest, which names the field, say what is wrong with its value."""
     try:
         yield
-    except InvalidRequest:
-        raise
     except KeyError as error:
         raise refused(field, f"lacks {error}") from None
     except ValueError as error:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import weakref
 from collections.abc import Sequence
-from os import PathLike
 from typing import Unpack, cast
 
 from weft.batches import Batch, Budget, for_each, make_batches
-from weft.calls import PromptLike, TemplateOptions, as_list, check_messages, prompt_parts
+from weft.calls import PromptLike, TemplateOptions, as_list, as_prompt, check_messages, prompt_parts
 from weft.connection import Connection
 from weft.conversation import MessageLike
 from weft.engine.v1.model_pb2 import ModelCard
-from weft.errors import Overloaded, StartError, refused
-from weft.inference.v1.inference_pb2 import Model, TokenIds
+from weft.errors import Overloaded, StartError, naming, refused
+from weft.inference.v1.inference_pb2 import Model, Prompt
 from weft.limits import InvalidField, check_token_ids
 from weft.outputs import CompletionOutput, RequestOutput
 from weft.progress import Progress
@@ -43,11 +43,12 @@ class LLM:
     """
 
     def __init__(
-        self, model: str | PathLike[str] | None = None, *, target: str | None = None, **engine_options: object
+        self, model: str | os.PathLike[str] | None = None, *, target: str | None = None, **engine_options: object
     ) -> None:
         if target is not None and engine_options:
             raise TypeError(f"engine options have no effect on a running service: {', '.join(engine_options)}")
-        name = None if model is None else str(model)
+        with naming("model"):
+            name = None if model is None else os.fspath(model)
         self._connection = Connection()
         self._finalizer = weakref.finalize(self, self._connection.close)
         try:
@@ -84,8 +85,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer a conversation or several through the model's template; otherwise as ``generate``."""
         check_messages(messages)
-        nested = bool(messages) and isinstance(messages[0], Sequence) and not isinstance(messages[0], str)
-        conversations = cast("Sequence[Sequence[MessageLike]]", messages if nested else [messages])
+        listed = list(messages)
+        nested = bool(listed) and isinstance(listed[0], Sequence) and not isinstance(listed[0], str)
+        conversations = cast("Sequence[Sequence[MessageLike]]", listed if nested else [listed])
         return self._connection.run(self._chat(conversations, sampling_params, use_tqdm, options))
 
     def close(self) -> None:
@@ -99,14 +101,16 @@ class LLM:
         self.close()
 
     async def _generate(self, prompts: Sequence[PromptLike], params: ParamsLike, use_tqdm: bool) -> list[RequestOutput]:
-        async def tokenize(parts: tuple[str | None, TokenIds | None]) -> _Prompt:
-            text, token_ids = parts
-            if token_ids is not None:
-                return text, list(token_ids.ids)
-            answer = await self._connection.client.tokenize(text or "", model=self._model.id)
+        async def tokenize(parts: tuple[str | None, Prompt]) -> _Prompt:
+            text, prompt = parts
+            if prompt.HasField("token_ids"):
+                return text, list(prompt.token_ids.ids)
+            answer = await self._connection.client.tokenize(prompt.text, model=self._model.id)
             return text, list(answer.token_ids)
 
-        parts = [prompt_parts(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
+        messages = [as_prompt(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
+        texts = [prompt_parts(prompt)[0] for prompt in prompts]
+        parts = list(zip(texts, messages, strict=True))
         return await self._complete(await for_each(tokenize, parts, _MAX_TOKENIZE_CALLS), params, use_tqdm)
 
     async def _chat(

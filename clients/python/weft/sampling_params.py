@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from weft.errors import refused
+from weft.errors import naming, refused
 from weft.inference.v1 import sampling_pb2
 
 
@@ -80,25 +80,23 @@ class SamplingParams:
         for field in fields(self):
             value = getattr(self, field.name)
             if value is not None:
-                try:
+                with naming(field.name):
                     _set(message, field.name, value)
-                except (TypeError, ValueError, AttributeError) as error:
-                    raise refused(field.name, str(error)) from None
         return message
 
 
 def _set(message: sampling_pb2.SamplingParams, name: str, value: Any) -> None:
     if name == "structured_outputs":
         if not isinstance(value, StructuredOutputs):
-            raise TypeError(f"must be StructuredOutputs, not {type(value).__name__}")
+            raise ValueError(f"must be StructuredOutputs, not {type(value).__name__}")
         message.structured_output.CopyFrom(value.to_proto())
     elif name == "logit_bias":
         message.logit_bias.update(value)
     elif name in ("stop", "stop_token_ids", "allowed_token_ids", "bad_words"):
         if isinstance(value, str) and name != "stop":
-            raise TypeError("must be a list, not a string")
+            raise ValueError("must be a list, not a string")
         getattr(message, name).extend([value] if isinstance(value, str) else value)
     elif isinstance(value, bool) != isinstance(getattr(message, name), bool):
-        raise TypeError(f"must be of type {type(getattr(message, name)).__name__}, not {type(value).__name__}")
+        raise ValueError(f"must be of type {type(getattr(message, name)).__name__}, not {type(value).__name__}")
     else:
         setattr(message, name, value)

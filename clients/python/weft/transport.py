@@ -31,13 +31,13 @@ _MAX_DELAY = 5.0
 
 def check_target(target: object) -> None:
     """Refuse what is no address of gRPC. Raises InvalidRequest."""
-    if not isinstance(target, str) or not target or target.startswith(("http://", "https://")):
+    if not isinstance(target, str) or not target or target.lower().startswith(("http://", "https://")):
         raise refused("target", "must be host:port of the gRPC API, dns:///name:port or unix:/path")
 
 
 def bearer(api_key: str) -> str:
     """A key as the header "authorization" carries it. Raises InvalidRequest."""
-    if not (api_key.isascii() and api_key.isprintable()):
+    if not (isinstance(api_key, str) and api_key.isascii() and api_key.isprintable()):
         raise refused("api_key", "must be printable ASCII characters")
     return f"Bearer {api_key}"
 

@@ -25,7 +25,7 @@ import grpc.aio
 from weft.cli.local import free_ports
 from weft.cli.options import COUNT, builtin_model
 from weft.inference.v1 import inference_pb2, inference_pb2_grpc
-from weft.services import FRONTEND, check_installed
+from weft.services import API_KEY_VARIABLE, FRONTEND, check_installed
 
 MAX_TOKENS = 4000  # of one stream; the fake model takes 4,096
 WARM_UP = 2.0  # seconds before the measured window
@@ -144,7 +144,9 @@ def _services(load: Load, tokenizer: str) -> Iterator[Frontend]:
 
 @contextlib.contextmanager
 def _process(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != API_KEY_VARIABLE}
+    command = [sys.executable, "-m", module, *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         yield process
     finally:

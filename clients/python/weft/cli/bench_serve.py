@@ -109,7 +109,7 @@ def bench_serve(
         load = Load(service, words, max_tokens, num_streams, num_asked, f"{seed}, load {number}")
         results.append({"seed": seed} | measure(load, parent))
         for name, value in results[-1].items():
-            click.echo(f"{name:24} {value:12.2f}")
+            click.echo(f"{name:24} {value:12.2f}" if isinstance(value, float) else f"{name:24} {value:12}")
         click.echo("")
         if json_file:
             json_file.write_text(json.dumps(results, indent=1) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,19 +24,6 @@ UINT32 = click.IntRange(0, (1 << 32) - 1)
 
 # For commands that hand what they do not know to ``weft backend``.
 FORWARDING: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
-
-
-class Seconds(click.FloatRange):
-    """A time to wait, and not NaN, which click lets through every range."""
-
-    name = "seconds"
-
-    def __init__(self) -> None:
-        super().__init__(0, (1 << 32) // 1000)  # timeouts go to backends as 32 bits of milliseconds
-
-    def convert(self, value: Any, option: click.Parameter | None, context: click.Context | None) -> float:
-        seconds: float = super().convert(value, option, context)
-        return self.fail("nan is not a time", option, context) if math.isnan(seconds) else seconds
 
 
 class ModelFolder(click.Path):

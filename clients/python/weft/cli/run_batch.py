@@ -185,7 +185,7 @@ def run_batch(
     with (
         _service(base_url, arguments) as url,
         click.open_file(source, encoding="utf-8", errors="surrogateescape") as lines,  # a bad byte is its line's fault
-        output.open("w", encoding="utf-8") as sink,
+        output.open("w", encoding="utf-8", errors="backslashreplace") as sink,
     ):
         results = run_lines(BatchRunner(url, api_key), lines, concurrency)
         for result in tqdm(results, unit="req", desc="Processed requests"):

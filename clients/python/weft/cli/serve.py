@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from weft.cli.options import COUNT, FORWARDING, PORT, Seconds
+from weft.cli.options import COUNT, FORWARDING, PORT
 from weft.services import API_KEY_VARIABLE, Stack, flags
 
 _POLL_SECONDS = 0.2
@@ -29,13 +29,9 @@ _GRACE_BEYOND_DRAIN = 10.0  # seconds a service gets to end after its drain
     "--api-key", multiple=True, help=f"Ask clients for this key; repeatable. Also read from {API_KEY_VARIABLE}."
 )
 @click.option("--max-body-bytes", type=COUNT, help="Largest HTTP body or gRPC message. Default: the frontend's.")
-@click.option("--request-timeout", type=Seconds(), help="Seconds that requests get which bring no deadline.")
+@click.option("--request-timeout", type=float, help="Seconds that requests get which bring no deadline.")
 @click.option(
-    "--drain-timeout",
-    type=Seconds(),
-    default=30,
-    show_default=True,
-    help="Seconds that running requests get at the end; 0: none.",
+    "--drain-timeout", default=30.0, show_default=True, help="Seconds running requests get at the end; 0: none."
 )
 def serve(arguments: tuple[str, ...], **server: Any) -> None:
     """Serve MODEL, a folder or a hub id; by default the built-in one.
