@@ -11,7 +11,7 @@ MAX_WORKERS = 256  # each is a process of some 100 MB
 MAX_MESSAGE_BYTES = (1 << 31) - 1  # gRPC's
 MAX_SECONDS = (1 << 32) // 1000  # timeouts go to backends as 32 bits of milliseconds
 
-_ADDRESS = re.compile(r"unix:.+|.+:(\d+)")
+_ADDRESS = re.compile(r"unix(?:-abstract)?:.+|.+:(\d+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +47,8 @@ class FrontendConfig:
                 raise ValueError(f"--backend takes HOST:PORT, dns:///NAME:PORT or unix:/PATH, not {target!r}")
         if len(set(self.ports.values())) < len(self.ports):
             raise ValueError(f"--port and --grpc-port are both {self.http_port}")
-        if any(not key or key != key.strip() for key in self.api_keys):
-            raise ValueError("--api-key: a key must not be empty, and must not begin or end with a space")
+        if any(not (key and key == key.strip() and key.isascii() and key.isprintable()) for key in self.api_keys):
+            raise ValueError("--api-key: a key must be printable ASCII, not empty, and without a space at its ends")
         _check_range("--workers", self.workers, 1, MAX_WORKERS)
         _check_range("--max-body-bytes", self.max_request_bytes, 1, MAX_MESSAGE_BYTES)
         _check_range("--drain-timeout", self.drain_timeout, 0, MAX_SECONDS)

@@ -22,7 +22,8 @@ from weft.inference.v1.sampling_pb2 import SamplingParams
 from weft_frontend import router
 from weft_frontend.choice import ChoiceDelta
 from weft_frontend.config import FrontendConfig
-from weft_frontend.errors import DeadlineExceeded, InvalidRequest, Unsupported, from_status
+from weft_frontend.engine_client import RETRY_AFTER_MS
+from weft_frontend.errors import DeadlineExceeded, InvalidRequest, Unavailable, Unsupported, from_status
 from weft_frontend.logprobs import TokenLogprob
 from weft_frontend.models import ModelRegistry, ServedModel
 from weft_frontend.prompt_run import PromptRun
@@ -142,26 +143,16 @@ class Generation:
         """Raises Unsupported: no model with an embedding head is served."""
         raise Unsupported("No model here has an embedding head", field="model", reason="NO_EMBEDDINGS")
 
-    def get_model(self, name: str) -> pb.Model:
-        """A model that is served now. Raises NotFound."""
-        for model in self.list_models().models:
-            if model.id == name:
-                return model
-        raise self._models.not_found(name)
+    async def get_model(self, name: str) -> pb.Model:
+        """A model that can be used now. Raises NotFound, and Unavailable if none of its backends is ready."""
+        _, model = await self._models.find(name)
+        if not model.ready:
+            raise Unavailable(f"no backend of {name} is ready", field="model", retry_after_ms=RETRY_AFTER_MS)
+        return _public_model(name, model)
 
     def list_models(self) -> pb.ListModelsResponse:
-        """The models served now, in alphabetical order."""
-        models = [
-            pb.Model(
-                id=name,
-                created=model.card.created,
-                max_model_len=model.card.max_model_len,
-                vocab_size=model.card.vocab_size,
-                model_hash=model.card.model_hash,
-            )
-            for name, model in self._models.ready_models().items()
-        ]
-        return pb.ListModelsResponse(models=models)
+        """The models that can be used now, in alphabetical order."""
+        return pb.ListModelsResponse(models=[_public_model(*item) for item in self._models.ready_models().items()])
 
     async def reset_prefix_cache(self) -> int:
         """Forget cached prefixes on every ready backend; the number of pages that held one. Raises WeftError."""
@@ -241,3 +232,14 @@ def _milliseconds_left(deadline: float | None) -> int | None:
     if left <= 0:
         raise DeadlineExceeded("the request's deadline is over")
     return min(max(1, int(left * 1000)), 2**32 - 1)
+
+
+def _public_model(name: str, model: ServedModel) -> pb.Model:
+    card = model.card
+    return pb.Model(
+        id=name,
+        created=card.created,
+        max_model_len=card.max_model_len,
+        vocab_size=card.vocab_size,
+        model_hash=card.model_hash,
+    )

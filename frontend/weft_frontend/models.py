@@ -127,23 +127,19 @@ class ModelRegistry:
                 raise InvalidRequest(f"must be given: several models are served: {self._told_names()}", field="model")
             return next(iter(names.items()))
         if name not in names:
-            raise self.not_found(name)
+            asked = f'model "{name}"' if _PLAIN_NAME.fullmatch(name) else "such model"
+            raise NotFound(f"there is no {asked} here; served: {self._told_names() or 'none'}", field="model")
         return name, names[name]
 
     @property
     def why_none(self) -> str:
         """Why no model can be used, if none can."""
-        if self._models and not self._names():
+        if not self._names() and all(client.was_ready.is_set() for client in self.clients):
             return f"no backend has {' or '.join(self._missing_names())}, which --served-model-name asks for"
         return "no backend is ready"
 
-    def not_found(self, name: str) -> NotFound:
-        """The error of a name that is not served."""
-        asked = f'model "{name}"' if _PLAIN_NAME.fullmatch(name) else "such model"
-        return NotFound(f"there is no {asked} here; served: {self._told_names() or 'none'}", field="model")
-
     def _told_names(self) -> str:
-        names = sorted(self._names())
+        names = list(self.ready_models())
         return ", ".join(names[:MAX_NAMES_TOLD]) + (", …" if len(names) > MAX_NAMES_TOLD else "")
 
     async def _wait_for_unseen(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,6 +103,25 @@ async def test_an_unknown_name_is_told_with_the_first_of_those_that_are_served(
         for name in ("<b>", "k" * 101):
             with pytest.raises(errors.NotFound, match="no such model here; served: a, "):
                 await run(generation, name)
+
+
+async def test_a_model_whose_backends_are_away_is_not_told_as_served(byte_level_files: Files, serve: Serve) -> None:
+    async with FakeBackend(byte_level_files) as fake, serve(fake) as generation:
+        assert (await generation.get_model("fake")).id == "fake"
+        await fake.die()
+        await until(lambda: not generation.ready)
+        with pytest.raises(errors.Unavailable, match="no backend of fake is ready"):
+            await generation.get_model("fake")
+        with pytest.raises(errors.NotFound, match='no model "x" here; served: none'):
+            await generation.get_model("x")
+
+
+async def test_no_name_is_missing_while_a_backend_was_not_seen(byte_level_files: Files, tmp_path: Path) -> None:
+    async with FakeBackend(byte_level_files) as fake:
+        config = FrontendConfig(backends=(fake.target, f"unix:{tmp_path}/none"), served_model_names={"big": "big"})
+        async with Generation(config) as generation:
+            await until(lambda: generation.backends()[0].ready)
+            assert generation.why_not_ready == "no backend is ready"
 
 
 async def test_the_least_loaded_backend_is_picked(byte_level_files: Files, serve: Serve) -> None:

@@ -28,7 +28,7 @@ async def list_models(call: Call) -> None:
 
 async def get_model(call: Call) -> None:
     """`GET /v1/models/{id}`."""
-    await call.answer(_model(call.services.generation.get_model(call.scope["path_params"]["model"])))
+    await call.answer(_model(await call.services.generation.get_model(call.scope["path_params"]["model"])))
 
 
 async def health(call: Call) -> None:
