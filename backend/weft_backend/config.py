@@ -14,8 +14,14 @@ from weft_backend.errors import StartupError
 BUILTIN_MODEL = Path(__file__).parent / "weft_tiny"
 BUILTIN_MODEL_NAME = "weft-tiny"
 FLOAT8_NAMES = ("fp8", "fp8_e4m3")  # of the same type
-_LARGEST = dict.fromkeys(("num_pages", "max_num_batched_tokens", "max_queued_tokens"), (1 << 31) - 1)  # as int32 counts
-_LARGEST |= {"max_num_seqs": 1 << 16, "tensor_parallel_size": 64}
+_INT32_MAX = (1 << 31) - 1
+_LARGEST = {
+    "num_pages": _INT32_MAX,
+    "max_num_batched_tokens": _INT32_MAX,
+    "max_queued_tokens": _INT32_MAX,
+    "max_num_seqs": 1 << 16,
+    "tensor_parallel_size": 64,
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,11 +49,11 @@ class KVCachePlan:
     def check_room(self, max_model_len: int) -> None:
         """Raises StartupError if there is no room, or not for one sequence of ``max_model_len`` tokens."""
         if not self.num_tokens:
-            raise StartupError(f"the KV cache gets no memory ({self.limited_by}){self._raise(': ')}")
+            raise StartupError(f"the KV cache gets no memory ({self.limited_by}){self._advice(': ')}")
         if self.num_tokens < max_model_len:
             raise StartupError(
                 f"the KV cache has room for {self.num_tokens} tokens ({self.limited_by}), too few for one sequence of "
-                f"{max_model_len}: lower --max-model-len to {self.num_tokens}{self._raise(', or ')}"
+                f"{max_model_len}: lower --max-model-len to {self.num_tokens}{self._advice(', or ')}"
             )
 
     def allocate(self, device: torch.device) -> KVCache:
@@ -65,11 +65,11 @@ class KVCachePlan:
             hint = f": lower {self.flag}" if self.flag else ""
             raise StartupError(f"there is no memory for a KV cache of {size} ({self.limited_by}){hint}") from error
 
-    def _raise(self, joint: str) -> str:
+    def _advice(self, joint: str) -> str:
         return f"{joint}raise {self.flag}" if self.flag else ""
 
 
-def plan_of(shape: PageShape, num_pages: int, swap_space: float) -> KVCachePlan:
+def plan_for_pages(shape: PageShape, num_pages: int, swap_space: float) -> KVCachePlan:
     """As many pages as were asked for. Args: ``swap_space`` in GiB."""
     return KVCachePlan(shape, num_pages, _num_host_pages(shape, swap_space), f"{num_pages} pages", "--num-pages")
 

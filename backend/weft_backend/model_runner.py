@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weft_backend.batch_state import BatchState
 from weft_backend.cuda_graphs import StepGraphs, StepShape, mixed_shape
-from weft_backend.kv_cache import KVCache, PageShape, plan_for_cpu, plan_for_cuda, plan_of
+from weft_backend.kv_cache import KVCache, PageShape, plan_for_cpu, plan_for_cuda, plan_for_pages
 from weft_backend.largest_step import largest_step
 from weft_backend.layers import SINGLE, TensorParallel
 from weft_backend.sampler import ROWS_AT_ONCE, LogprobTensors, RowExtras, adjust, score_parts
@@ -118,7 +118,7 @@ class ModelRunner:
         self._graphs: StepGraphs | None = None
         self._cache = KVCache(page_shape, 1, 0, device)  # for the profiling run
         if num_pages is not None:
-            plan = plan_of(page_shape, num_pages, swap_space)
+            plan = plan_for_pages(page_shape, num_pages, swap_space)
         elif device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # loading may have taken more than running does
             self.collect(self.launch(largest_step(max_num_seqs, max_num_batched_tokens, max_model_len)))

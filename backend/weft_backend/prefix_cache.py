@@ -154,7 +154,6 @@ class PrefixCache:
         """Let none of a sequence's pages be found again, in either tier, by whoever they are shared."""
         for page in sequence.page_ids:
             self._unname(page)
-        self._hash_pages(sequence, sequence.token_ids, len(sequence.token_ids) // self.block_size)
         for name in sequence.page_hashes:
             self.host.forget(name)
 
