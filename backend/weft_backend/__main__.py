@@ -23,7 +23,11 @@ _ANSWERS = {
     "--disable-log-stats": "is not needed: statistics are never logged, they are at /metrics",
     "--model": "is not a flag here: the model is given without one, before or after the flags",
     "-tp": "is called --tensor-parallel-size",
+    **dict.fromkeys(
+        ("--enable-auto-tool-choice", "--tool-call-parser"), "is not offered: tool calls are not parsed out of answers"
+    ),
 }
+_DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 _CLOSE = 0.82  # --max-seqs is 0.83 from --max-num-seqs; --data-parallel-size is 0.81 from --tensor-parallel-size
 
 
@@ -55,7 +59,8 @@ class _Command(click.Command):
 @click.option("--port", default=50052, help="gRPC port.")
 @click.option("--listen", metavar="unix:/PATH", help="Bind a Unix socket instead of a port.")
 @click.option("--metrics-port", default=9400, help="HTTP port of /metrics; 0: none.")
-@click.option("--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16", "float16"]))
+@click.option("--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16", "float16", *_DTYPE_ALIASES]),
+              callback=lambda context, option, name: _DTYPE_ALIASES.get(name, name))  # fmt: skip
 @click.option("--quantization", type=click.Choice(["fp8"]), help="Store the layers' weights in 8 bits.")
 @click.option(
     "--kv-cache-dtype", default="auto", type=click.Choice(["auto", "fp8", "fp8_e4m3"]), help="auto: the model's."

@@ -44,7 +44,7 @@ class Fields:
         value = self._raw.get(name)
         if value is None:
             if default is None:
-                raise ConfigError(self.prefix + name, "is missing")
+                raise ConfigError(self.prefix + name, "is missing from config.json")
             return default
         if kind is float and type(value) is int:
             value = float(value)

@@ -57,6 +57,10 @@ def test_the_builtin_model_has_a_name(
     assert parse("weft-tiny").engine.model == "weft-tiny", "a folder of that name wins"
 
 
+def test_types_have_short_names(parse: Callable[..., BackendConfig]) -> None:
+    assert [parse("--dtype", name).engine.dtype for name in ("half", "float")] == ["float16", "float32"]
+
+
 @pytest.mark.parametrize(("model", "name"), [("org/some-model", "some-model"), ("/models/local/", "local")])
 def test_served_name_is_the_last_part_of_the_model(parse: Callable[..., BackendConfig], model: str, name: str) -> None:
     assert parse(model).engine.served_model_name == name
@@ -95,6 +99,7 @@ def test_listen_replaces_host_and_port(parse: Callable[..., BackendConfig]) -> N
         (["--disable-log-stats"], "--disable-log-stats is not needed"),
         (["--model", "x"], "the model is given without one"),
         (["--model=x"], "the model is given without one"),
+        (["--enable-auto-tool-choice"], "--enable-auto-tool-choice is not offered"),
         (["-tp", "2"], "-tp is called --tensor-parallel-size"),
         (["--max-seqs", "3"], "No such option '--max-seqs'. Did you mean '--max-num-seqs'?"),
         (["--no-enable-prefix-cache"], "Did you mean '--no-enable-prefix-caching'?"),
