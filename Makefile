@@ -9,7 +9,7 @@ PROTOS := $(shell cd protos && find weft -name '*.proto' | sort)
 SERVICES := weft/engine/v1/engine.proto weft/inference/v1/inference.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check test-gpu bench-kernels bench-compare stubs k8s clean
+.PHONY: help demo serve test check test-gpu bench-kernels bench-compare stubs k8s clean modules
 
 help: ## List the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | awk -F':.*## ' '{printf "make %-13s %s\n", $$1, $$2}'
@@ -23,14 +23,22 @@ serve: $(VENV)/run ## Serve the built-in model on :8000 (HTTP) and :50051 (gRPC)
 test: $(VENV)/test ## Run the tests
 	$(BIN)/pytest
 
-test-gpu: ## Run the tests that need an NVIDIA GPU; PYTHON=.venv/bin/python, unless python3 has torch
+test-gpu: MODULES = pytest, pytest_asyncio, pytest_timeout, hypothesis, transformers, openai, sentencepiece, psutil, \
+	grpc_status, kubernetes_validate, yaml, weft_frontend.server, weft_backend.server
+test-gpu: modules ## Run the tests that need an NVIDIA GPU; PYTHON=.venv/bin/python, unless python3 has torch
 	PYTHONPATH=$(PACKAGES) $(PYTHON) -m pytest -m gpu
 
-bench-kernels: ## Time each kernel on an NVIDIA GPU; ARGS="--shapes 8B --json FILE"
+bench-kernels: MODULES = benchmarks.kernels
+bench-kernels: modules ## Time each kernel on an NVIDIA GPU; ARGS="--shapes 8B --json FILE"
 	PYTHONPATH=$(PACKAGES):tests $(PYTHON) -m benchmarks.kernels $(ARGS)
 
-bench-compare: ## Time Weft and vLLM on SHAPE, a folder with a config.json; ARGS="--vllm FOLDER --json FILE"
+bench-compare: MODULES = benchmarks.compare_engines, weft_backend.server
+bench-compare: modules ## Time Weft and vLLM on SHAPE, a folder with a config.json; ARGS="--vllm FOLDER --json FILE"
 	PYTHONPATH=$(PACKAGES):tests $(PYTHON) -m benchmarks.compare_engines $(SHAPE) $(ARGS)
+
+modules:
+	@error=$$(PYTHONPATH=$(PACKAGES):tests $(PYTHON) -c "import $(MODULES)" 2>&1) || { echo "$(PYTHON): $${error##*Error: }: \
+	run pip install -e '.[test]' with it, or say PYTHON=$(BIN)/python, which make test makes" >&2; exit 1; }
 
 check: $(VENV)/test ## Run the linters, the types, the import contracts, and compare the stubs
 	$(BIN)/ruff check .

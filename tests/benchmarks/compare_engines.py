@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from benchmarks.floors import Ceilings, Floors, floor_of
+from benchmarks.tables import engine_rows, engines_of
 from benchmarks.vllm_engine import keywords
 
 from weft.cli.options import COUNT, FORWARDING
@@ -68,14 +70,17 @@ def main(
     report["ceilings"] = asdict(floors.ceilings)
     turns: dict[str, list[Results]] = {"weft": [], "vllm": []}
     failed = set()
-    for engine in (("weft", "vllm") if vllm_path else ("weft",)) * repeats:
+    engines, has_gpu = ("weft", "vllm") if vllm_path else ("weft",), torch.cuda.is_available()
+    click.echo(f"{shape.name}: {' and '.join(engines)}{'' if has_gpu else ', without a GPU: no floors'}")
+    for engine in engines * repeats:
         command = [*(_WEFT if engine == "weft" else _VLLM), str(shape), *arguments]
         exit_code, results = _run(command, vllm_path if engine == "vllm" else None)
         turns[engine].append(results)
         if exit_code:
             failed.add(engine)
         report |= {name: medians(results) for name, results in turns.items() if results} | {"turns": turns}
-        report["floor"] = {name: floor_of(floors, name) for name in medians([*turns["weft"], *turns["vllm"]])}
+        names = medians([*turns["weft"], *turns["vllm"]])
+        report["floor"] = {name: floor_of(floors, name) if has_gpu else None for name in names}
         if json_file:  # at once: a machine's time may be over before the last turn
             json_file.write_text(json.dumps(report, indent=1) + "\n")
     click.echo("\n".join(table(report)))
@@ -123,26 +128,10 @@ def medians(turns: Sequence[Results]) -> dict[str, Any]:
 
 
 def table(report: Mapping[str, Any]) -> Iterator[str]:
-    """Lines of text: each result of both engines, its floor, how many times as fast as vLLM Weft is, and the share of
-    the floor's speed that it reaches.
-    """
-    weft, vllm, floor = (report.get(name, {}) for name in ("weft", "vllm", "floor"))
-    yield f"{report['shape']}: {weft.get('engine', 'weft')}, {vllm.get('engine', 'vllm')}, {report['date']}"
-    yield f"{'':24}{'Weft':>12}{'vLLM':>12}{'floor':>12}{'x vLLM':>10}{'of floor':>10}"
-    for name in floor:
-        if not isinstance(weft.get(name, vllm.get(name)), float):
-            continue
-        ours, theirs, least = weft.get(name), vllm.get(name), floor[name]
-        ratios = (speed(name, ours, theirs, "{:.2f}"), speed(name, ours, least, "{:.0%}"))
-        cells = [f"{value:12,.2f}" if value else f"{'–':>12}" for value in (ours, theirs, least)]
-        yield f"{name:24}{''.join(cells)}{ratios[0]:>10}{ratios[1]:>10}"
-
-
-def speed(name: str, ours: float | None, other: float | None, form: str) -> str:
-    """How fast ours is beside the other: rates are better high, times low. "–" without both."""
-    if not ours or not other:
-        return "–"
-    return form.format(ours / other if name.endswith("_tok_s") else other / ours)
+    """Lines of text."""
+    yield f"{report['shape']}: {engines_of(report)}"
+    for name, *cells in engine_rows(report):
+        yield f"{name:24}{''.join(f'{cell:>12}' for cell in cells)}"
 
 
 if __name__ == "__main__":

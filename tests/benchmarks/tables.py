@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from benchmarks.compare_engines import speed
 
 _ORDER = ("start", "decode", "prefill", "mixed", "service")
+_ENGINE_HEAD = ("", "Weft", "vLLM", "floor", "× vLLM", "of floor")
+_NOTHING = "–"
 _SERVICE_HEAD = ("", "clients", "output tok/s", "TTFT mean / p99, ms", "TPOT mean / p99, ms", "frontends, cores")
 
 
@@ -31,24 +32,43 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 def engine_table(report: Mapping[str, Any]) -> Iterator[str]:
     """What ``compare_engines`` found for one shape."""
-    weft, vllm, floor = (report.get(name, {}) for name in ("weft", "vllm", "floor"))
-    engines = ", ".join(results["engine"] for results in (weft, vllm) if results)
-    yield f"**{report['shape']}** {' '.join(report['arguments'])} ({engines}; {report['date']})"
+    yield f"**{report['shape']}** {' '.join(report['arguments'])} ({engines_of(report)})"
     yield ""
+    head, *rows = engine_rows(report)
+    yield from table(head, [[label(name), *cells] for name, *cells in rows])
+
+
+def engines_of(report: Mapping[str, Any]) -> str:
+    """Which engines ``compare_engines`` ran, and when."""
+    engines = ", ".join(report[name]["engine"] for name in ("weft", "vllm") if report.get(name))
+    return f"{engines}; {report['date']}"
+
+
+def engine_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """What ``compare_engines`` found, the head first: each result of the engines, its floor, how many times as fast as
+    vLLM Weft is, and the share of the floor's speed that it reaches. A column in which nothing stands is left out.
+    """
+    weft, vllm, floor = (report.get(name, {}) for name in ("weft", "vllm", "floor"))
     names = [name for name in floor if isinstance(weft.get(name, vllm.get(name)), float)]
     names.sort(key=lambda name: _ORDER.index(name.partition("_")[0].rstrip("0123456789")))
-    yield from table(
-        ["", "Weft", "vLLM", "floor", "× vLLM", "of floor"],
+    rows = [
         [
-            [
-                label(name),
-                *(number(values.get(name)) for values in (weft, vllm, floor)),
-                speed(name, weft.get(name), vllm.get(name), "{:.2f}"),
-                speed(name, weft.get(name), floor[name], "{:.0%}"),
-            ]
-            for name in names
-        ],
-    )
+            name,
+            *(number(values.get(name)) for values in (weft, vllm, floor)),
+            number(speed(name, weft.get(name), vllm.get(name))),
+            percent(speed(name, weft.get(name), floor[name])),
+        ]
+        for name in names
+    ]
+    columns = zip(_ENGINE_HEAD, *rows, strict=True)
+    return list(zip(*(column for column in columns if {*column[1:]} != {_NOTHING}), strict=True))
+
+
+def speed(name: str, ours: float | None, other: float | None) -> float | None:
+    """How fast ours is beside the other: rates are better high, times low. None without both."""
+    if not ours or not other:
+        return None
+    return ours / other if name.endswith("_tok_s") else other / ours
 
 
 def kernel_table(report: Mapping[str, Any]) -> Iterator[str]:
@@ -62,7 +82,7 @@ def kernel_table(report: Mapping[str, Any]) -> Iterator[str]:
             number(timing["us"]),
             f"{timing['tb_s']:.2f}",
             f"{timing['tflop_s']:.0f}",
-            "–" if timing["share"] is None else f"{timing['share']:.0%}",
+            percent(timing["share"]),
         ]
         for timing in report["timings"]
         if isinstance(timing, Mapping)
@@ -84,7 +104,7 @@ def service_rows(name: str, results: Any) -> Iterator[list[str]]:
 
 def _service_row(name: str, streams: float, rate: float, times: Sequence[float], cpu: float | None) -> list[str]:
     pairs = [f"{number(mean)} / {number(p99)}" for mean, p99 in (times[:2], times[2:])]
-    return [name, f"{streams:.0f}", number(rate), *pairs, "–" if cpu is None else f"{cpu / 100:.2f}"]
+    return [name, f"{streams:.0f}", number(rate), *pairs, _NOTHING if cpu is None else f"{cpu / 100:.2f}"]
 
 
 def label(name: str) -> str:
@@ -106,8 +126,13 @@ def label(name: str) -> str:
 def number(value: float | None) -> str:
     """Three digits, and whole numbers in groups of three."""
     if value is None:
-        return "–"
+        return _NOTHING
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{1 if abs(value) >= 10 else 2}f}"
+
+
+def percent(share: float | None) -> str:
+    """A share in whole percent."""
+    return _NOTHING if share is None else f"{100 * share:.0f} %"
 
 
 @click.command(help=__doc__)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from benchmarks.compare_engines import main, medians, table
 from benchmarks.vllm_engine import keywords
 from checkpoints import make_checkpoint
@@ -64,7 +65,9 @@ def test_both_engines_run_and_stand_side_by_side(vllm: Path, tmp_path: Path) -> 
     assert report["vllm"]["engine"] == "vllm 0"
     for engine in ("weft", "vllm"):
         assert {"start_s", "decode_ms_b1_ctx1k", "prefill_ms_b1_1k"} <= set(report[engine])
-    assert 0 < report["floor"]["decode_ms_b1_ctx1k"] < report["weft"]["decode_ms_b1_ctx1k"]
+    has_gpu = torch.cuda.is_available()
+    assert result.stdout.startswith(f"tiny: weft and vllm{'' if has_gpu else ', without a GPU: no floors'}\n")
+    assert ("floor" in result.stdout.splitlines()[-4]) == has_gpu
     assert [line.split()[0] for line in result.stdout.splitlines()[-3:]] == [
         "start_s",
         "decode_ms_b1_ctx1k",
@@ -95,11 +98,11 @@ def test_ratios_say_how_fast_weft_is() -> None:
         "floor": {"engine": None, "start_s": None, "decode_ms_b1_ctx1k": 3.0, "mixed256_out_tok_s": 400.0},
     }
     lines = [line.split() for line in table(report)]
-    assert lines[0] == ["x:", "weft", "1,", "vllm", "1,", "2026-01-01"]
+    assert lines[0] == ["x:", "weft", "1,", "vllm", "1;", "2026-01-01"]
     assert lines[2:] == [
         ["start_s", "5.00", "–", "–", "–", "–"],
-        ["decode_ms_b1_ctx1k", "4.00", "5.00", "3.00", "1.25", "75%"],
-        ["mixed256_out_tok_s", "300.00", "200.00", "400.00", "1.50", "75%"],
+        ["decode_ms_b1_ctx1k", "4.00", "5.00", "3.00", "1.25", "75", "%"],
+        ["mixed256_out_tok_s", "300", "200", "400", "1.50", "75", "%"],
     ]
 
 

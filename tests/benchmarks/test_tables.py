@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.tables import label, main, number
+from benchmarks.tables import engine_rows, label, main, number
 from click.testing import CliRunner
 
 
@@ -38,10 +38,17 @@ def test_tables_of_every_kind_of_file(tmp_path: Path) -> None:
         files.append(tmp_path / f"{name}.json")
         files[-1].write_text(json.dumps(content))
     lines = CliRunner().invoke(main, list(map(str, files))).output.splitlines()
-    assert "| decode step at context 1k, batch 1, ms | 4.00 | 5.00 | 3.00 | 1.25 | 75% |" in lines
-    assert "| k, s | 12.3 | 2.00 | 30 | 50% |" in lines
+    assert "| decode step at context 1k, batch 1, ms | 4.00 | 5.00 | 3.00 | 1.25 | 75 % |" in lines
+    assert "| k, s | 12.3 | 2.00 | 30 | 50 % |" in lines
     assert "| weft_grpc | 64 | 20,000 | 20.0 / 20.0 | 1.50 / 1.50 | 1.50 |" in lines
     assert "| vllm | 64 | 15,000 | 30.0 / 30.0 | 30.0 / 30.0 | – |" in lines
+
+
+def test_columns_in_which_nothing_stands_are_left_out() -> None:
+    report: dict[str, Any] = {"weft": {"decode_ms_b1_ctx1k": 4.0}, "floor": {"decode_ms_b1_ctx1k": None}}
+    assert engine_rows(report) == [("", "Weft"), ("decode_ms_b1_ctx1k", "4.00")]
+    report["vllm"] = {"decode_ms_b1_ctx1k": 5.0}
+    assert engine_rows(report)[0] == ("", "Weft", "vLLM", "× vLLM")
 
 
 @pytest.mark.parametrize(
