@@ -11,6 +11,7 @@ import socket
 import ssl
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ports import free_port
 
 from weft.cli import main
 from weft.cli.options import ModelFolder
+from weft.client import Client
 from weft.inference.v1 import inference_pb2 as pb
 from weft.services import MODULES
 
@@ -74,6 +76,38 @@ def test_chat_remembers(target: str, service: Any) -> None:
     result = run("chat", "--target", target, text="one\ntwo\n\n")
     assert result.exit_code == 0
     assert [message.content for message in service.requests[-1].request.messages] == ["one", "one", "two"]
+
+
+def test_an_interrupt_ends_an_answer_and_not_the_chat(
+    target: str, service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream_chat = Client.stream_chat
+
+    def interrupted(client: Client, messages: Any, *arguments: Any, **options: Any) -> Iterator[pb.StreamChatResponse]:
+        answer = stream_chat(client, messages, *arguments, **options)
+        yield next(answer)
+        if messages[-1]["content"] == "one":
+            raise KeyboardInterrupt
+        yield from answer
+
+    monkeypatch.setattr(Client, "stream_chat", interrupted)
+    result = run("chat", "--target", target, text="one\ntwo\n\n")
+    assert result.exit_code == 0
+    assert "two\n" in result.output
+    assert [message.content for message in service.requests[-1].request.messages] == ["one", "o", "two"]
+    assert run("chat", "--target", target, "-m", "one").exit_code == 1
+
+
+@pytest.mark.parametrize(
+    "command", [["complete", "a"], ["chat"], ["bench", "serve"], ["run-batch", "-i", "-", "-o", os.devnull]]
+)
+def test_an_empty_key_is_refused_by_name(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    results = [run(*command, "--api-key", "")]
+    monkeypatch.setenv("WEFT_API_KEY", "")
+    results.append(run(*command))
+    for result in results:
+        assert result.exit_code == 2
+        assert "'--api-key' (env var: 'WEFT_API_KEY'): must not be empty" in result.output
 
 
 def test_complete(target: str) -> None:

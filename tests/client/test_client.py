@@ -10,7 +10,8 @@ import grpc
 import pytest
 from pydantic import BaseModel
 
-from weft import AsyncClient, Client, SamplingParams
+import weft
+from weft import LLM, AsyncClient, Client, SamplingParams
 from weft.calls import PromptLike
 from weft.conversation import MessageLike
 from weft.errors import (
@@ -151,6 +152,18 @@ def test_chat_takes_what_sdks_return(service: Any, target: str) -> None:
     sent = service.requests[-1].messages
     assert [(message.role, message.content) for message in sent] == [("user", "a\nb"), ("assistant", "")]
     assert sent[1].tool_calls[0].name == "add"
+
+
+@pytest.mark.parametrize("client", [Client, AsyncClient, LLM])
+async def test_an_empty_key_is_refused(client: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"^api_key: must be"):
+        client(target="unix:none", api_key="")
+
+
+def test_names_of_the_package_are_listed_and_there() -> None:
+    assert set(weft.__all__) <= set(dir(weft))
+    assert all(getattr(weft, name) for name in weft.__all__)
+    assert weft.WeftError is WeftError
 
 
 def test_tokens_and_models(service: Any, target: str) -> None:

@@ -28,6 +28,14 @@ def test_outputs_are_in_the_order_of_the_prompts(llm: LLM) -> None:
     assert [output.outputs[0].token_ids for output in outputs][1] == [99, 100] * 3
 
 
+def test_a_key_goes_to_a_running_service(service: Any, target: str) -> None:
+    with LLM(target=target, api_key="k") as llm:
+        llm.generate("a", SamplingParams(max_tokens=1), use_tqdm=False)
+    assert {metadata["authorization"] for metadata in service.metadata} == {"Bearer k"}
+    with pytest.raises(TypeError, match="api_key"):
+        LLM(api_key="k")
+
+
 def test_one_params_for_each(llm: LLM, service: Any) -> None:
     params = [SamplingParams(max_tokens=1 + i % 3, n=1 + i % 2) for i in range(12)]
     outputs = llm.generate([f"{i:02}" for i in range(12)], params, use_tqdm=False)

@@ -164,7 +164,10 @@ def served(checkpoint: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[
     process.wait()
 
 
-def test_serve_answers_and_drains(served: tuple[subprocess.Popen[str], int, int]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_serve_answers_and_drains(
+    served: tuple[subprocess.Popen[str], int, int], number: signal.Signals, tmp_path: Path
+) -> None:
     process, http_port, port = served
     for address in (["--url", f"http://127.0.0.1:{http_port}"], ["--target", f"127.0.0.1:{port}"]):
         sizes = ["--streams", "2", "--prompt-len", "20", "--max-tokens", "8", "--parent", str(process.pid)]
@@ -176,10 +179,11 @@ def test_serve_answers_and_drains(served: tuple[subprocess.Popen[str], int, int]
         assert client.generate("Hello", GREEDY).choices[0].token_ids
         stream = client.stream_generate("Hello", SamplingParams(max_tokens=100, ignore_eos=True))
         first = next(stream)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         num_tokens = sum(len(part.choices[0].token_ids) for part in [first, *stream] if part.choices)
         assert num_tokens == 100, "a running request ends before the service does"
     assert process.wait(20) == 0
+    assert not list(tmp_path.glob("weft-*"))
 
 
 def backend_of(process: subprocess.Popen[str]) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from click.testing import CliRunner
 from ports import free_port
@@ -24,6 +26,7 @@ class EchoServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), EchoHandler)
         self.failures: list[int] = []
         self.keys: list[str | None] = []
+        self.takes_key = True
         self.closes_idle = False  # connections end after an answer that does not say so
         self.answer: bytes | None = None  # instead of JSON
 
@@ -35,6 +38,11 @@ class EchoServer(ThreadingHTTPServer):
 class EchoHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: EchoServer
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.server.takes_key else 401)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -154,6 +162,24 @@ def test_no_line_is_run_where_nothing_answers(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.output == f"Error: nothing answers at {url} (--base-url): is `weft serve` running there?\n"
     assert output.read_text() == "the last answers"
+
+
+def test_no_line_is_sent_to_what_takes_none(server: EchoServer, tmp_path: Path) -> None:
+    server.takes_key = False
+    other = grpc.server(ThreadPoolExecutor(1))
+    grpc_port = other.add_insecure_port("127.0.0.1:0")
+    other.start()
+    grpc_url = f"http://127.0.0.1:{grpc_port}"
+    for url, problem in {
+        server.url: f"the service at {server.url} (--base-url) asks for a key, and --api-key has none that it takes",
+        grpc_url: f"what answers at {grpc_url} (--base-url) is not an HTTP service",
+    }.items():
+        arguments = ["run-batch", "-i", "-", "-o", str(tmp_path / "out.jsonl"), "--base-url", url]
+        result = CliRunner().invoke(main, arguments, input=json.dumps(request(1)))
+        assert (result.exit_code, result.output) == (1, f"Error: {problem}\n")
+    other.stop(grace=None).wait()
+    assert not server.keys
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_folder_is_found_before_a_service_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,18 +11,37 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from weft.aio import AsyncClient
     from weft.client import Client
+    from weft.errors import WeftError
     from weft.llm import LLM
+    from weft.outputs import CompletionOutput, RequestOutput
     from weft.sampling_params import SamplingParams, StructuredOutputs
 
-__all__ = ["LLM", "AsyncClient", "Client", "SamplingParams", "StructuredOutputs", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncClient",
+    "Client",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputs",
+    "WeftError",
+    "__version__",
+]
 
 _MODULES = {
     "LLM": "weft.llm",
     "AsyncClient": "weft.aio",
     "Client": "weft.client",
+    "CompletionOutput": "weft.outputs",
+    "RequestOutput": "weft.outputs",
     "SamplingParams": "weft.sampling_params",
     "StructuredOutputs": "weft.sampling_params",
+    "WeftError": "weft.errors",
 }
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> object:

@@ -43,7 +43,7 @@ class AsyncClient:
             if credentials
             else grpc.aio.insecure_channel(target, CHANNEL_OPTIONS)
         )
-        self._metadata = (("authorization", bearer(api_key)),) if api_key else ()
+        self._metadata = (("authorization", bearer(api_key)),) if api_key is not None else ()
         self._timeout = timeout
         self._max_retries = max_retries
 

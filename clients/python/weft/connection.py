@@ -44,9 +44,9 @@ class Connection:
         """Start private services and connect to them; the models served. Raises StartError."""
         return self.run(self._start(backend_arguments))
 
-    def join(self, target: str) -> list[Model]:
+    def join(self, target: str, api_key: str | None) -> list[Model]:
         """Connect to a running service; the models served. Raises the errors of ``weft.errors``."""
-        return self.run(self._join(target))
+        return self.run(self._join(target, api_key))
 
     def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         """Run a coroutine to its end; an interrupt of the calling thread cancels it. Raises WeftError once closed."""
@@ -86,8 +86,8 @@ class Connection:
         except WeftError:
             return []
 
-    async def _join(self, target: str) -> list[Model]:
-        self._client = AsyncClient(target)
+    async def _join(self, target: str, api_key: str | None) -> list[Model]:
+        self._client = AsyncClient(target, api_key=api_key)
         return list((await self.client.list_models()).models)
 
     async def _close(self) -> None:

@@ -40,6 +40,13 @@ class InvalidField(ValueError):
         self.message = message
 
 
+class PromptTooLong(InvalidField):
+    """A prompt leaves no room for a generated token."""
+
+    def __init__(self, field: str, message: str, card: ModelCard) -> None:
+        super().__init__(field, f"{message} (the model's maximum context length is {card.max_model_len} tokens)")
+
+
 class Unsupported(InvalidField):
     """A field asks for a feature that is not offered."""
 
@@ -194,7 +201,8 @@ def _check_num_tokens(num_tokens: int, card: ModelCard, field: str) -> None:
 def check_prompt_len(num_tokens: int, card: ModelCard, field: str) -> None:
     """Refuse a prompt that leaves no room for a generated token."""
     if num_tokens >= card.max_model_len:
-        raise InvalidField(field, f"has {num_tokens} tokens; this model takes at most {card.max_model_len - 1}")
+        message = f"has {num_tokens} tokens; this model takes at most {card.max_model_len - 1}"
+        raise PromptTooLong(field, message, card)
 
 
 def check_label(value: str, field: str) -> None:

@@ -35,7 +35,8 @@ class LLM:
 
     ``LLM(model)`` starts a private backend and frontend, joined by a Unix socket; ``model`` is a folder or a hub id, by
     default the built-in model, and ``engine_options`` are the flags of ``weft backend`` (``dtype="float32"``,
-    ``max_num_seqs=8``, …). ``LLM(target="host:port")`` joins a running service, where ``model`` is a served name.
+    ``max_num_seqs=8``, …). ``LLM(target="host:port")`` joins a running service, where ``model`` is a served name;
+    ``api_key`` is for one that asks for a key.
 
     Raises the errors of ``weft.errors``: StartError with the service's own last line if it does not start,
     InvalidRequest, a ValueError, for a bad request, … Use it as a context manager, call ``close()``, or let it go: its
@@ -43,10 +44,17 @@ class LLM:
     """
 
     def __init__(
-        self, model: str | os.PathLike[str] | None = None, *, target: str | None = None, **engine_options: object
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        target: str | None = None,
+        api_key: str | None = None,
+        **engine_options: object,
     ) -> None:
         if target is not None and engine_options:
             raise TypeError(f"engine options have no effect on a running service: {', '.join(engine_options)}")
+        if target is None and api_key is not None:
+            raise TypeError("api_key has no effect on a private service, which asks for none: it goes with target")
         with naming("model"):
             name = None if model is None else os.fspath(model)
         self._connection = Connection()
@@ -56,7 +64,7 @@ class LLM:
                 models = self._connection.start([*([name] if name else []), *flags(engine_options)])
                 self._model = _pick(models, None)
             else:
-                self._model = _pick(self._connection.join(target), name)
+                self._model = _pick(self._connection.join(target, api_key), name)
         except StartError as error:
             self.close()
             raise StartError(_FLAG.sub(_keyword, str(error)), error.exit_code) from None

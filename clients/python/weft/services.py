@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from weft.errors import StartError
 
@@ -120,8 +121,9 @@ class Service:
             self._last_line = line.strip() or self._last_line
             is_usage = is_usage or line.startswith("Usage: ")  # of a command that nobody typed
             if not is_usage:
-                sys.stderr.write(line)
-                sys.stderr.flush()
+                with suppress(OSError):  # of a terminal that is gone: what is written is to be read all the same
+                    sys.stderr.write(line)
+                    sys.stderr.flush()
 
 
 def _command(module: str, arguments: Sequence[str]) -> list[str]:

@@ -25,6 +25,7 @@ from weft.inference.v1.sampling_pb2 import SamplingParams
 from weft.limits import (
     MAX_ID_BYTES,
     InvalidField,
+    PromptTooLong,
     check_bytes,
     check_options,
     check_sampling,
@@ -111,7 +112,7 @@ def check_text(text: str, card: ModelCard, field: str) -> None:
     """Refuse text that cannot fit the model whatever its tokens are, so that it is never tokenized."""
     most = card.max_model_len * MAX_CHARS_PER_TOKEN
     if len(text) > most:
-        raise InvalidField(field, f"must be at most {most} characters")
+        raise PromptTooLong(field, f"must be at most {most} characters", card)
 
 
 def _check_message(message: Message, card: ModelCard, field: str) -> None:

@@ -37,8 +37,8 @@ def check_target(target: object) -> None:
 
 def bearer(api_key: str) -> str:
     """A key as the header "authorization" carries it. Raises InvalidRequest."""
-    if not (isinstance(api_key, str) and api_key.isascii() and api_key.isprintable()):
-        raise refused("api_key", "must be printable ASCII characters")
+    if not (isinstance(api_key, str) and api_key and api_key.isascii() and api_key.isprintable()):
+        raise refused("api_key", "must be printable ASCII characters, one at least")
     return f"Bearer {api_key}"
 
 

@@ -32,4 +32,6 @@ class _Commands(LazyGroup):
 def main() -> None:
     """Serve large language models in two halves: a frontend for text, a backend for tokens."""
     # An exception, like Ctrl-C's: what a command has started, and its files, end with it.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))

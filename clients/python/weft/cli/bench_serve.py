@@ -21,11 +21,10 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from weft.cli.options import COUNT, UINT32, check_url, count, list_of
+from weft.cli.options import COUNT, UINT32, api_key_option, check_url, count, list_of
 from weft.cli.processes import CpuMeter
 from weft.cli.stream_clients import Ask, Service, Timing, make_client
 from weft.errors import WeftError
-from weft.services import API_KEY_VARIABLE
 from weft.transport import DEFAULT_TARGET
 
 _MOST_WARM_UPS = 32  # as many as vLLM's client is told to send
@@ -69,7 +68,7 @@ class Outcome:
 @click.command()
 @click.option("--target", default=DEFAULT_TARGET, show_default=True, help="gRPC address of a frontend.")
 @click.option("--url", callback=check_url, help="Base URL of a frontend: measure HTTP instead.")
-@click.option("--api-key", envvar=API_KEY_VARIABLE, help="Key of the service, if it asks for one.")
+@api_key_option
 @click.option("--model", default="", help="A served name; by default the only one.")
 @click.option(
     "--streams",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,11 +84,26 @@ def count(text: str) -> int:
     return int(text)
 
 
+def _check_key(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    if (os.environ.get(API_KEY_VARIABLE) if value is None else value) == "":  # click takes an empty variable for none
+        raise click.BadParameter("must not be empty")
+    return value
+
+
+api_key_option = click.option(
+    "--api-key",
+    envvar=API_KEY_VARIABLE,
+    show_envvar=True,
+    callback=_check_key,
+    help="Key of the service, if it asks for one.",
+)
+
+
 def connection_options(command: Command) -> Command:
     """Which service, and which model there."""
     for option in (
         click.option("--model", default="", help="A served name; by default the only one."),
-        click.option("--api-key", envvar=API_KEY_VARIABLE, help="Key of the service, if it asks for one."),
+        api_key_option,
         click.option("--target", default=DEFAULT_TARGET, show_default=True, help="gRPC address of a frontend."),
     ):
         command = option(command)

@@ -20,9 +20,8 @@ import click
 from tqdm import tqdm
 
 from weft.cli.local import local_service
-from weft.cli.options import COUNT, FORWARDING, check_url
-from weft.errors import unreachable
-from weft.services import API_KEY_VARIABLE
+from weft.cli.options import COUNT, FORWARDING, api_key_option, check_url
+from weft.errors import WeftError, unreachable
 from weft.transport import bearer
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
@@ -41,21 +40,28 @@ class BatchRunner:
     def __init__(self, base_url: str, api_key: str | None) -> None:
         self._url = urlsplit(base_url)
         self._headers = {"Content-Type": "application/json"}
-        if api_key:
+        if api_key is not None:
             self._headers["Authorization"] = bearer(api_key)
         self._local = threading.local()
 
     def check(self) -> None:
-        """Raise Unavailable if nothing answers at the address, and OSError for a certificate."""
-        connection = self._connection()
+        """Raise Unavailable if nothing answers at the address, WeftError if that is no HTTP service or asks for another
+        key, and OSError for a certificate.
+        """
+        url, connection = self._url.geturl(), self._connection()
         try:
-            connection.connect()
+            connection.request("GET", f"{self._url.path}/v1/models", headers=self._headers)
+            status = connection.getresponse().status
         except ssl.SSLError:
             raise  # it is something that answers
+        except (http.client.HTTPException, ConnectionResetError) as error:
+            raise WeftError(f"what answers at {url} (--base-url) is not an HTTP service") from error
         except OSError as error:
-            raise unreachable(self._url.geturl(), "--base-url") from error
+            raise unreachable(url, "--base-url") from error
         finally:
             connection.close()
+        if status == http.HTTPStatus.UNAUTHORIZED:
+            raise WeftError(f"the service at {url} (--base-url) asks for a key, and --api-key has none that it takes")
 
     def run(self, number: int, line: str) -> dict[str, Any]:
         """The output line of input line ``number``: a response, or an error if it is bad or the service is gone."""
@@ -158,7 +164,7 @@ def run_lines(runner: BatchRunner, lines: Iterable[str], concurrency: int) -> Ge
     callback=check_url,
     help="A running service, for example http://localhost:8000. Default: start a private one.",
 )
-@click.option("--api-key", envvar=API_KEY_VARIABLE, help="Key of the running service, if it asks for one.")
+@api_key_option
 @click.option("--concurrency", type=COUNT, default=256, show_default=True, help="Requests under way at once.")
 @click.argument("arguments", metavar="[MODEL] [BACKEND OPTIONS]...", nargs=-1, type=click.UNPROCESSED)
 def run_batch(
@@ -172,7 +178,8 @@ def run_batch(
     """Run an OpenAI batch file: each line has custom_id, method, url and body; answers are in the same order.
 
     Without --base-url a private service of MODEL, by default the built-in one, is started; other options are those of
-    the backend, as `weft backend --help` lists them.
+    the backend, as `weft backend --help` lists them. Of requests that fail the output says why; the exit code is 1 only
+    if every one did, or none could be sent.
     """
     if source != "-" and output.exists() and output.samefile(source):
         raise click.UsageError("-o is the input file: it would be emptied before it is read")

@@ -52,12 +52,15 @@ def serve(arguments: tuple[str, ...], **server: Any) -> None:
                 number = signals.get(timeout=_POLL_SECONDS)
     finally:
         if number is not None:
-            click.echo("ending once running requests have; the same signal again ends now", err=True)
+            with suppress(OSError):  # the terminal may be gone
+                message = f"ending once running requests have, in {drain:g} s at most; the same signal again ends now"
+                click.echo(message, err=True)
         _on_signals(lambda _: stack.kill())
-        stack.stop(drain + _GRACE_BEYOND_DRAIN, number or signal.SIGINT)
+        stack.stop(drain + _GRACE_BEYOND_DRAIN, signal.SIGTERM if number == signal.SIGHUP else number or signal.SIGINT)
 
 
 def _on_signals(act: Callable[[int], None]) -> None:
-    """Let SIGINT and SIGTERM call ``act``."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: act(number))
+    """Let SIGINT, SIGTERM and, unless it is ignored, SIGHUP call ``act``."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: act(number))

@@ -65,7 +65,7 @@ class Service:
     @property
     def headers(self) -> dict[str, str]:
         """Of HTTP requests."""
-        key = {"Authorization": bearer(self.api_key)} if self.api_key else {}
+        key = {"Authorization": bearer(self.api_key)} if self.api_key is not None else {}
         return {"Content-Type": "application/json", **key}
 
 
@@ -96,7 +96,7 @@ class _GrpcClient:
     def __init__(self, service: Service, max_tokens: int) -> None:
         self._service = service
         self._sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        self._metadata = (("authorization", bearer(service.api_key)),) if service.api_key else ()
+        self._metadata = (("authorization", bearer(service.api_key)),) if service.api_key is not None else ()
         self._channel: grpc.aio.Channel | None = None
 
     async def ask(self, prompt: str) -> Timing:
