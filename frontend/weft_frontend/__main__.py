@@ -9,6 +9,7 @@ import time
 
 _STARTED = time.perf_counter()
 
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import click  # noqa: E402
@@ -81,17 +82,20 @@ def main(
         )
         for flag, address in config.ports.items():
             check_free(flag, *address)
-        (run_worker if config.workers == 1 else run_workers)(config, lambda models: _print_ready(config, models))
+        (run_worker if config.workers == 1 else run_workers)(config, partial(_print_ready, config))
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"weft frontend: {error}")
 
 
-def _print_ready(config: FrontendConfig, models: str) -> None:
+def _print_ready(config: FrontendConfig, models: list[str], backends: dict[str, bool]) -> None:
     places = [] if config.http_port is None else [f"http://{config.http_address}"]
     places += [] if config.grpc_address is None else [f"grpc {config.grpc_address}"]
     where = ", ".join(map(_reachable, places))
     seconds = time.perf_counter() - _STARTED
-    print(f"weft frontend: ready in {seconds:.1f} s: {models} on {where}", flush=True)
+    missing = [target for target, in_use in backends.items() if not in_use]
+    count = f"{len(backends) - len(missing)} of {len(backends)} backends"
+    note = f" ({count}; not in use yet: {', '.join(missing)})" if missing else ""
+    print(f"weft frontend: ready in {seconds:.1f} s: {', '.join(models)} on {where}{note}", flush=True)
 
 
 def _reachable(address: str) -> str:

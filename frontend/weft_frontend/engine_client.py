@@ -72,6 +72,7 @@ class EngineClient:
         self.load: LoadReport | None = None
         self.ready = False
         self.was_ready = asyncio.Event()
+        self.was_tried = False  # it was ready once, or the first attempt has failed
         self._hello = pb.Hello(frontend_id=frontend_id, contract_version=CONTRACT_VERSION)
         self._on_welcome = on_welcome
         self._requests: dict[int, TokenSink] = {}
@@ -83,7 +84,7 @@ class EngineClient:
         self._ack_every = 1
         self._started_at = 0.0
         self._logged = (logging.NOTSET, "")
-        self._has_warned = False
+        self._loudest = logging.INFO  # of what was logged since it was last ready
 
     @property
     def num_requests(self) -> int:
@@ -123,6 +124,7 @@ class EngineClient:
                 await self._session()
             except Exception as error:  # whatever it was, the next session starts from nothing
                 self._log_loss(error)
+                self.was_tried = True
                 delay = MIN_BACKOFF_SECONDS if self.ready else min(2 * delay, MAX_BACKOFF_SECONDS)
             finally:
                 self._lose_session()
@@ -180,10 +182,10 @@ class EngineClient:
         self._num_steps = 0
         self._ack_every = max(1, welcome.ack_window // 4)
         await self._on_welcome(self, welcome.model)
-        self.ready = True
+        self.ready = self.was_tried = True
         self.was_ready.set()
-        self._logged, self._has_warned = (logging.NOTSET, ""), False
-        logger.info("backend %s: ready with %s", self.target, welcome.model.name)
+        logger.log(self._loudest, "backend %s: ready with %s", self.target, welcome.model.name)
+        self._logged, self._loudest = (logging.NOTSET, ""), logging.INFO
 
     async def _write(self, call: Any, outbox: asyncio.Queue[pb.SessionRequest]) -> None:
         # When the call is over, the reader says why.
@@ -242,19 +244,17 @@ class EngineClient:
             is_ours = not isinstance(error, _FORESEEN)
             message = "backend %s: %s; still trying this address"
             logger.log(level, message, self.target, cause, exc_info=error if is_ours else None)
-        self._logged = level, cause
+        self._logged, self._loudest = (level, cause), max(level, self._loudest)
 
     def _level_of(self, error: Exception) -> int:
         """Waiting for a backend that starts is nothing to warn of; losing one is, once, as is one that stays away."""
         if not isinstance(error, _FORESEEN):
             return logging.ERROR
-        if isinstance(error, BackendRefused):
+        if isinstance(error, BackendRefused) or _is_no_backend(error):
             return logging.WARNING
         is_patient = not self.ready and time.monotonic() - self._started_at < PATIENCE_SECONDS
-        if is_patient or self._has_warned or _is_loading(error):
-            return logging.INFO
-        self._has_warned = True
-        return logging.WARNING
+        has_warned = self._loudest >= logging.WARNING
+        return logging.INFO if is_patient or has_warned or _is_loading(error) else logging.WARNING
 
     def _free_slot(self) -> int:
         # In turn, not the lowest free one: frames about a cancelled request may still arrive for its slot.
@@ -269,6 +269,8 @@ _FORESEEN = (grpc.aio.AioRpcError, TimeoutError, _SessionBroken, BackendRefused)
 
 
 def _cause_of(error: Exception) -> str:
+    if _is_no_backend(error):
+        return "it is not a Weft backend (they listen on 50052 unless --port says otherwise)"
     if isinstance(error, grpc.aio.AioRpcError):
         return f"{error.code().name}: {error.details()}"
     if isinstance(error, TimeoutError):
@@ -278,6 +280,13 @@ def _cause_of(error: Exception) -> str:
 
 def _is_loading(error: Exception) -> bool:
     return isinstance(error, grpc.aio.AioRpcError) and from_rpc_error(error).reason == "LOADING"
+
+
+def _is_no_backend(error: Exception) -> bool:
+    """Something else answers at the address: gRPC without this service, or no HTTP/2 at all."""
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return False
+    return error.code() is grpc.StatusCode.UNIMPLEMENTED or "Failed parsing HTTP/2" in (error.details() or "")
 
 
 def _lost() -> WeftError:

@@ -42,6 +42,8 @@ from weft_frontend.stream import GenerationStream
 
 __all__ = ["BackendStatus", "ChoiceDelta", "Generation", "GenerationStream", "TokenLogprob"]
 
+READY_POLL = 0.02  # seconds between looks at whether the backends are there
+
 
 class Generation:
     """Serves requests over the backends of a configuration; an async context manager."""
@@ -72,9 +74,9 @@ class Generation:
         return self._models.why_none
 
     async def wait_ready(self) -> None:
-        """Return as soon as every configured backend has been seen ready once; warns of models that none has."""
-        await asyncio.gather(*(client.was_ready.wait() for client in self._models.clients))
-        self._models.warn_of_missing_names()
+        """Return once a model can be used and every backend has been tried: those that fail are not waited for."""
+        while not (self.ready and all(client.was_tried for client in self._models.clients)):  # noqa: ASYNC110
+            await asyncio.sleep(READY_POLL)
 
     async def generate(
         self, request: pb.GenerateRequest, *, stream: bool, time_left: float | None = None

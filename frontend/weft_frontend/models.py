@@ -81,6 +81,7 @@ class ModelRegistry:
     def start(self) -> None:
         """Begin to hold a session to each backend."""
         self._tasks = [asyncio.create_task(client.run()) for client in self.clients]
+        self._tasks.append(asyncio.create_task(self._warn_of_missing_names()))
 
     async def close(self) -> None:
         """End all sessions."""
@@ -92,12 +93,6 @@ class ModelRegistry:
         """The models that can be used now, by public name, in alphabetical order."""
         names = self._names()
         return {name: names[name] for name in sorted(names) if names[name].ready}
-
-    def warn_of_missing_names(self) -> None:
-        """To be called once every backend has been seen."""
-        for name in self._missing_names():
-            has = ", ".join(sorted(self._models))
-            logger.warning("--served-model-name %s: no backend has a model of this name; they have %s", name, has)
 
     def public_name(self, client: EngineClient) -> str:
         """The name under which a backend's model is served; empty if it is not known or not served."""
@@ -152,6 +147,13 @@ class ModelRegistry:
     def _missing_names(self) -> list[str]:
         """What --served-model-name asks for and no backend has had yet."""
         return sorted({own for own in self._public_names.values() if own not in self._models})
+
+    async def _warn_of_missing_names(self) -> None:
+        """Once every backend has been seen: until then, one of the others may have them."""
+        await asyncio.gather(*(client.was_ready.wait() for client in self.clients))
+        for name in self._missing_names():
+            has = ", ".join(sorted(self._models))
+            logger.warning("--served-model-name %s: no backend has a model of this name; they have %s", name, has)
 
     def _names(self) -> dict[str, ServedModel]:
         if not self._public_names:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import gc
 import signal
-from collections.abc import Callable
 
 import uvloop
 
@@ -17,6 +16,7 @@ from weft_frontend.http.call import Services
 from weft_frontend.http.server import HttpServer
 from weft_frontend.metrics import MeasuredGeneration, Metrics
 from weft_frontend.ports import listener
+from weft_frontend.workers import OnReady
 
 READY_POLL = 0.1  # seconds between looks at whether a backend is ready
 SETTLE = 1.0  # seconds from NOT_SERVING to the closing of the ports, for balancers to notice
@@ -71,9 +71,8 @@ class Worker:
             await asyncio.sleep(READY_POLL)
 
 
-async def _serve(config: FrontendConfig, on_ready: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT; ``on_ready`` is given the models' names once every backend has been seen, if
-    there are any."""
+async def _serve(config: FrontendConfig, on_ready: OnReady) -> None:
+    """Serve until SIGTERM or SIGINT."""
     stopped: asyncio.Queue[float] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     has_balancer = config.http_port is not None or not (config.grpc_address or "").startswith("unix:")
@@ -86,8 +85,8 @@ async def _serve(config: FrontendConfig, on_ready: Callable[[str], None]) -> Non
         await worker.generation.wait_ready()
         gc.collect()
         gc.freeze()  # what serves is never garbage: a full collection would walk it, and hold up every stream for 50 ms
-        if models := worker.generation.list_models().models:  # else --served-model-name asks for none that there is
-            on_ready(", ".join(model.id for model in models))
+        models = [model.id for model in worker.generation.list_models().models]
+        on_ready(models, {status.target: status.ready for status in worker.generation.backends()})
 
     announcing = asyncio.create_task(announce())
     settle = await stopped.get()
@@ -97,7 +96,7 @@ async def _serve(config: FrontendConfig, on_ready: Callable[[str], None]) -> Non
     await worker.stop(settle)
 
 
-def run(config: FrontendConfig, on_ready: Callable[[str], None]) -> None:
+def run(config: FrontendConfig, on_ready: OnReady) -> None:
     """Run a worker in this process until it is told to stop. Raises OSError or RuntimeError if it cannot listen, and
     ValueError for a chat template that is none."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -23,24 +23,27 @@ from types import FrameType
 from weft_frontend.config import FrontendConfig
 from weft_frontend.ports import reserve
 
+# Called once a worker serves, with the models' names and, for each backend's target, whether it is in use.
+OnReady = Callable[[list[str], dict[str, bool]], None]
+
 RESTART_DELAY = 1.0  # seconds before a crashed worker is replaced
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
-_CANNOT_START = 3  # exit code of a worker
 _SPEAKER = "worker-0"
 _fork = multiprocessing.get_context("fork")
 
 
-def run_worker(config: FrontendConfig, on_ready: Callable[[str], None]) -> None:
+def run_worker(config: FrontendConfig, on_ready: OnReady) -> None:
     """Serve in this process. Raises OSError, RuntimeError or ValueError if it cannot start."""
     from weft_frontend.server import run
 
     run(config, on_ready)
 
 
-def run_workers(config: FrontendConfig, on_ready: Callable[[str], None]) -> None:
-    """Serve with ``config.workers`` processes until SIGTERM or SIGINT. Raises OSError if it cannot listen."""
+def run_workers(config: FrontendConfig, on_ready: OnReady) -> None:
+    """Serve with ``config.workers`` processes until SIGTERM or SIGINT. Raises OSError or RuntimeError if it cannot
+    start."""
     with contextlib.ExitStack() as stack:
         for port in config.ports.values():
             stack.enter_context(reserve(*port))
@@ -53,7 +56,7 @@ def run_workers(config: FrontendConfig, on_ready: Callable[[str], None]) -> None
 class _Supervisor:
     """Starts workers, replaces those that crash, and hands signals on."""
 
-    def __init__(self, config: FrontendConfig, on_ready: Callable[[str], None]) -> None:
+    def __init__(self, config: FrontendConfig, on_ready: OnReady) -> None:
         self._config = config
         self._on_ready = on_ready
         self._workers: dict[int, BaseProcess] = {}  # by sentinel, which is readable once the worker has ended
@@ -62,15 +65,15 @@ class _Supervisor:
         self._stopping = False
 
     def run(self) -> None:
-        """Return when all workers have ended after a signal; exit with 1 if one cannot start."""
+        """Return when all workers have ended after a signal. Raises RuntimeError if one cannot start."""
         for number in _SIGNALS:
             signal.signal(number, self._hand_on)
         for index in range(self._config.workers):
             self._start(f"worker-{index}")
         while self._workers:
-            for event in wait([*self._workers, *self._pipes]):
+            for event in wait([*self._pipes, *self._workers]):  # first why a worker ended, then that it did
                 if isinstance(event, Connection):
-                    self._note_ready(event)
+                    self._note_start(event)
                 elif isinstance(event, int):
                     self._replace(self._workers.pop(event))
 
@@ -85,13 +88,16 @@ class _Supervisor:
         theirs.close()
         self._pipes.add(ours)
 
-    def _note_ready(self, pipe: Connection) -> None:
+    def _note_start(self, pipe: Connection) -> None:
         self._pipes.remove(pipe)
         with contextlib.suppress(EOFError):  # it ended before it was ready
-            models = pipe.recv()
+            news = pipe.recv()
+            if isinstance(news, RuntimeError):
+                self._hand_on(signal.SIGTERM, None)
+                raise news
             self._num_ready += 1
             if self._num_ready == self._config.workers:
-                self._on_ready(models)
+                self._on_ready(*news)
         pipe.close()
 
     def _replace(self, worker: BaseProcess) -> None:
@@ -100,9 +106,6 @@ class _Supervisor:
         _forget_gauges(worker.pid)
         if self._stopping:
             return
-        if worker.exitcode == _CANNOT_START:
-            self._hand_on(signal.SIGTERM, None)
-            sys.exit(1)
         print(f"weft frontend: worker {worker.pid} ended with {worker.exitcode}; starting another", flush=True)
         time.sleep(RESTART_DELAY)
         if not self._stopping:
@@ -126,10 +129,9 @@ def _work(config: FrontendConfig, pipe: Connection) -> None:
     if multiprocessing.current_process().name != _SPEAKER:
         logging.getLogger("weft.frontend").setLevel(logging.ERROR)  # what backends do is told once
     try:
-        run_worker(config, pipe.send)
+        run_worker(config, lambda *news: pipe.send(news))
     except (OSError, RuntimeError, ValueError) as error:
-        print(f"weft frontend: {error}", file=sys.stderr, flush=True)
-        sys.exit(_CANNOT_START)
+        pipe.send(RuntimeError(str(error)))  # said once, by the parent
 
 
 def _forget_gauges(pid: int) -> None:

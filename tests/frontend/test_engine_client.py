@@ -249,6 +249,35 @@ async def test_a_lost_backend_is_one_warning_at_once(
         await until(lambda: levels(caplog) == [logging.WARNING])
         await asyncio.sleep(1)
         assert levels(caplog).count(logging.WARNING) == 1
+        async with FakeBackend(byte_level_files, address=fake.target):  # that it is back is told as loudly
+            await until(lambda: levels(caplog).count(logging.WARNING) == 2)
+            assert caplog.messages[-1] == f"backend {fake.target}: ready with fake"
+
+
+async def answer_as_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read(100)
+    writer.write(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")
+    writer.close()
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+async def test_what_is_no_backend_is_told_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, protocol: str
+) -> None:
+    path = f"{tmp_path}/other.sock"
+    server: Any = grpc.aio.server()
+    if protocol == "grpc":
+        server.add_insecure_port(f"unix:{path}")
+        await server.start()
+    else:
+        await asyncio.start_unix_server(answer_as_http, path)
+    task = asyncio.create_task(EngineClient(f"unix:{path}", "test", welcome).run())
+    await until(lambda: levels(caplog))
+    because = "it is not a Weft backend (they listen on 50052 unless --port says otherwise)"
+    assert caplog.messages == [f"backend unix:{path}: {because}; still trying this address"]
+    assert levels(caplog) == [logging.WARNING]
+    task.cancel()
+    await server.stop(None)
 
 
 async def test_failing_to_connect_leaves_no_tasks_behind(tmp_path: Path) -> None:

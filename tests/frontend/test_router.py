@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,8 @@ async def test_a_name_that_no_backend_has_is_told(
 ) -> None:
     served = parse_served_model_names(("small=fake", "nope", "b=nada"))
     async with FakeBackend(byte_level_files) as fake, serve(fake, served_model_names=served) as generation:
-        told = [record.getMessage() for record in caplog.records]
-        assert told == [
+        await until(lambda: len(caplog.records) == 2)
+        assert [record.getMessage() for record in caplog.records] == [
             "--served-model-name nada: no backend has a model of this name; they have fake",
             "--served-model-name nope: no backend has a model of this name; they have fake",
         ]
@@ -82,13 +83,15 @@ async def test_a_name_that_no_backend_has_is_told(
             await run(generation, "nope")
 
 
-async def test_a_frontend_of_names_that_no_backend_has_says_so(byte_level_files: Files, serve: Serve) -> None:
-    served = parse_served_model_names(("small=nope",))
-    async with FakeBackend(byte_level_files) as fake, serve(fake, served_model_names=served) as generation:
-        assert not generation.ready
-        assert generation.why_not_ready == "no backend has nope, which --served-model-name asks for"
-        with pytest.raises(errors.Unavailable, match="no backend has nope"):
-            await run(generation, "small")
+async def test_a_frontend_of_names_that_no_backend_has_says_so(byte_level_files: Files) -> None:
+    async with FakeBackend(byte_level_files) as fake:
+        config = FrontendConfig(backends=(fake.target,), served_model_names={"small": "nope"})
+        async with Generation(config) as generation:
+            await until(lambda: generation.backends()[0].ready)
+            assert not generation.ready
+            assert generation.why_not_ready == "no backend has nope, which --served-model-name asks for"
+            with pytest.raises(errors.Unavailable, match="no backend has nope"):
+                await run(generation, "small")
 
 
 async def test_an_unknown_name_is_told_with_the_first_of_those_that_are_served(
@@ -116,12 +119,28 @@ async def test_a_model_whose_backends_are_away_is_not_told_as_served(byte_level_
             await generation.get_model("x")
 
 
-async def test_no_name_is_missing_while_a_backend_was_not_seen(byte_level_files: Files, tmp_path: Path) -> None:
+async def test_no_name_is_missing_while_a_backend_was_not_seen(
+    byte_level_files: Files, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with FakeBackend(byte_level_files) as fake:
         config = FrontendConfig(backends=(fake.target, f"unix:{tmp_path}/none"), served_model_names={"big": "big"})
         async with Generation(config) as generation:
             await until(lambda: generation.backends()[0].ready)
             assert generation.why_not_ready == "no backend is ready"
+            await asyncio.sleep(0.1)
+            assert "--served-model-name" not in caplog.text
+
+
+async def test_ready_does_not_wait_for_a_backend_that_has_failed(byte_level_files: Files, tmp_path: Path) -> None:
+    nowhere = f"unix:{tmp_path}/backend.sock"
+    async with FakeBackend(byte_level_files) as fake, Generation(FrontendConfig(backends=(nowhere,))) as alone:
+        waiting = asyncio.create_task(alone.wait_ready())
+        async with Generation(FrontendConfig(backends=(fake.target, nowhere))) as generation, asyncio.timeout(5):
+            await generation.wait_ready()
+            assert [status.ready for status in generation.backends()] == [True, False]
+        assert not waiting.done()  # one that is alone is waited for
+        async with FakeBackend(byte_level_files, address=nowhere), asyncio.timeout(5):
+            await waiting
 
 
 async def test_the_least_loaded_backend_is_picked(byte_level_files: Files, serve: Serve) -> None:
