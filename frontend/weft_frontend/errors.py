@@ -49,6 +49,12 @@ class Unauthenticated(WeftError):
     default_reason = "BAD_API_KEY"
 
 
+def bad_key(given: bool) -> Unauthenticated:
+    """The refusal of a call that brings no key, or, if ``given``, a wrong one."""
+    cause = "The API key is not valid" if given else "No API key"
+    return Unauthenticated(f"{cause}; send the header Authorization: Bearer KEY")
+
+
 class NotFound(WeftError):
     http_status = 404
     grpc_status = grpc.StatusCode.NOT_FOUND

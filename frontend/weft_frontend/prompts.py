@@ -36,6 +36,8 @@ def request_errors() -> Iterator[None]:
         yield
     except limits.Unsupported as error:
         raise Unsupported(str(error), field=error.field) from error
+    except limits.PromptTooLong as error:  # OpenAI's name for it, which clients look for
+        raise InvalidRequest(str(error), field=error.field, reason="CONTEXT_LENGTH_EXCEEDED") from error
     except limits.InvalidField as error:
         raise InvalidRequest(str(error), field=error.field) from error
 

@@ -105,6 +105,12 @@ COMPLETION_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown stream option": ({"stream": True, "stream_options": {"fast": True}}, "stream_options.fast"),
     "prompt_embeds": ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
     "suffix": ({"suffix": SECRET}, "suffix"),
+    "no special tokens": ({"add_special_tokens": False}, "add_special_tokens"),
+    "no spaces": ({"spaces_between_special_tokens": False}, "spaces_between_special_tokens"),
+    "obfuscation": (
+        {"stream": True, "stream_options": {"include_obfuscation": True}},
+        "stream_options.include_obfuscation",
+    ),
     "two grammars": ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
     "a grammar that is a number": ({"structured_outputs": {"regex": 1}}, "structured_outputs.regex"),
 }
@@ -168,7 +174,11 @@ CHAT_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "another service tier": ({"service_tier": "flex"}, "service_tier"),
     "one tool call at a time": ({"parallel_tool_calls": False}, "parallel_tool_calls"),
     "speech": ({"modalities": ["text", "audio"]}, "modalities[1]"),
-    "metadata": ({"metadata": {}}, "metadata"),
+    "metadata": ({"metadata": {"a": "b"}}, "metadata"),
+    "functions": ({"functions": [{"name": "f"}]}, "functions"),
+    "a function call": ({"function_call": "auto"}, "function_call"),
+    "special tokens in a chat": ({"add_special_tokens": True}, "add_special_tokens"),
+    "an unknown field": ({"documents": []}, "documents"),
     "reasoning effort": ({"reasoning_effort": "low"}, "reasoning_effort"),
 }
 
@@ -312,6 +322,19 @@ async def test_an_unknown_model_is_404(served: Served) -> None:
 async def test_the_longest_prompt_is_served(served: Served) -> None:
     answer = await post(served.port, COMPLETIONS, {"prompt": [5] * (MAX_MODEL_LEN - 1), "max_tokens": 1})
     assert answer.status == 200
+
+
+async def test_a_prompt_that_is_too_long_is_told_in_the_words_that_clients_look_for(served: Served) -> None:
+    for path, body, field in (
+        (COMPLETIONS, {"prompt": [5] * MAX_MODEL_LEN}, "prompt"),
+        (COMPLETIONS, {"prompt": "a" * 128 * MAX_MODEL_LEN + "a"}, "prompt"),
+        (COMPLETIONS, {"prompt": "1" * MAX_MODEL_LEN}, "prompt"),
+        (CHAT, {"messages": [USER | {"content": "1" * MAX_MODEL_LEN}]}, "messages"),
+    ):
+        answer = await post(served.port, path, body)
+        check(answer, 400, field)
+        assert answer.error["code"] == "context_length_exceeded"
+        assert answer.error["message"].endswith(f" (the model's maximum context length is {MAX_MODEL_LEN} tokens)")
 
 
 async def test_null_bytes_and_control_tokens_are_plain_text(served: Served) -> None:

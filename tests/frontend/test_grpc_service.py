@@ -273,8 +273,10 @@ async def test_every_method_but_health_asks_for_the_key(tokenizer_dir: Path) -> 
                 served.stub.Generate(generate_request(), metadata=metadata),
                 served.stub.StreamGenerate(stream, metadata=metadata),
             ):
-                code, _, _ = await failure(call)
+                code, message, _ = await failure(call)
                 assert code is grpc.StatusCode.UNAUTHENTICATED
+                cause = "The API key is not valid" if metadata else "No API key"
+                assert message == f"{cause}; send the header Authorization: Bearer KEY"
         key = (("authorization", "Bearer s3cret"),)
         assert (await served.stub.ListModels(pb.ListModelsRequest(), metadata=key)).models
         health: Any = health_pb2_grpc.HealthStub(served.channel)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ async def test_an_answer_can_be_sent_back(client: Any) -> None:
     assert second.choices[0].message.content
 
 
-async def test_fields_may_ask_for_what_happens_anyway(client: Any) -> None:
+async def test_fields_may_ask_for_what_happens_anyway(client: Any, served: Served) -> None:
     usual = {"store": False, "parallel_tool_calls": True, "modalities": ["text"], "metadata": None, "audio": None}
     for tier in ("auto", "default"):
         await client.chat.completions.create(
@@ -166,7 +167,18 @@ async def test_fields_may_ask_for_what_happens_anyway(client: Any) -> None:
         )
     none = {"prediction": None, "reasoning_effort": None, "store": None, "service_tier": None}
     await client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=1, extra_body=none)
-    await client.completions.create(model=MODEL, prompt="Hello", max_tokens=1, suffix=None, extra_body={"suffix": None})
+    for name in ("suffix", "documents", "mm_processor_kwargs", "kv_transfer_params", "vllm_xargs", "logits_processors"):
+        await client.completions.create(model=MODEL, prompt="Hello", max_tokens=1, extra_body={name: None})
+    both = {"safety_identifier": "a", "prompt_cache_key": "b", "spaces_between_special_tokens": True}
+    both |= {"stream_options": {"include_obfuscation": False}}
+    chat = {"functions": [], "function_call": "none", "metadata": {}, "include_reasoning": False}
+    for create, of_one in (
+        (partial(client.completions.create, prompt="Hello"), {"add_special_tokens": True}),
+        (partial(client.chat.completions.create, messages=MESSAGES), chat | {"add_special_tokens": False}),
+    ):
+        async for _ in await create(model=MODEL, max_tokens=1, stream=True, extra_body=both | of_one):
+            pass
+        assert not served.fake.requests[-1].cache_salt
 
 
 async def test_vllm_fields_reach_the_backend(client: Any, served: Served) -> None:

@@ -158,15 +158,19 @@ async def test_without_a_backend_it_is_alive_and_not_ready(tokenizer_dir: Path) 
 
 
 async def test_every_route_but_the_probes_asks_for_the_key(tokenizer_dir: Path) -> None:
-    paths = [("GET", path) for path in ("/v1/models", "/metrics", "/version", "/docs", "/openapi.json", "/nothing")]
+    paths = [("GET", path) for path in ("/v1/models", "/version", "/docs", "/openapi.json", "/nothing")]
     paths += [("POST", path) for path in ("/v1/completions", "/v1/chat/completions", "/generate", "/tokenize")]
     async with FakeBackend(tokenizer_dir) as fake, serving(fake, api_keys=frozenset({"s3cret", "other"})) as served:
         for method, path in paths:
-            for key in ("", "Bearer", "Bearer wrong", "Bearer s3cret2", "Basic s3cret", "Bearer s3cr\xe9t"):
+            for key in ("Bearer", "Bearer wrong", "Bearer s3cret2", "Basic s3cret", "Bearer s3cr\xe9t"):
                 answer = await send(served.port, request(method, path, b"{}", authorization=key))
                 assert (answer.status, answer.error["code"]) == (401, "bad_api_key")
+                assert answer.error["message"] == "The API key is not valid; send the header Authorization: Bearer KEY"
+                assert answer.headers["www-authenticate"] == "Bearer"
+            answer = await send(served.port, request(method, path, b"{}"))
+            assert answer.error["message"] == "No API key; send the header Authorization: Bearer KEY"
         for key in ("s3cret", "other"):
             answer = await send(served.port, request("GET", "/v1/models", authorization=f"Bearer {key}"))
             assert answer.status == 200
-        assert (await send(served.port, request("GET", "/health"))).status == 200
-        assert (await send(served.port, request("GET", "/ready"))).status == 200
+        for path in ("/health", "/ready", "/metrics"):
+            assert (await send(served.port, request("GET", path))).status == 200

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import grpc
 import grpc.aio
 
-from weft_frontend.errors import Unauthenticated
+from weft_frontend.errors import bad_key
 from weft_frontend.grpc.errors import abort
 
 _OPEN_PREFIX = "/grpc.health.v1.Health/"
@@ -17,7 +17,8 @@ _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 async def _refuse(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-    await abort(context, Unauthenticated("No valid API key"))
+    given = any(name == "authorization" for name, _ in context.invocation_metadata() or ())
+    await abort(context, bad_key(given))
 
 
 _REFUSALS = {

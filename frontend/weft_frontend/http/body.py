@@ -76,7 +76,8 @@ def parse(body: bytes, model: type[BodyT]) -> BodyT:
     if not isinstance(value, dict):
         raise HttpError(400, "The body must be a JSON object", code="invalid_json")
     _refuse_repeated_keys(body, value)
-    return model.model_validate(value)
+    # null asks for nothing, in fields known here and in others' alike.
+    return model.model_validate({name: item for name, item in value.items() if item is not None})
 
 
 def _refuse_repeated_keys(body: bytes, value: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from weft.inference.v1 import inference_pb2 as pb
 from weft_frontend.choice import ChoiceDelta
 from weft_frontend.http.call import Call
-from weft_frontend.http.fields import FieldError, Items, Uint32
+from weft_frontend.http.fields import FieldError, Items, Nothing, Uint32
 from weft_frontend.http.grammars import NamedGrammar, ResponseFormat
 from weft_frontend.http.logprobs import chat_logprobs, prompt_logprobs
 from weft_frontend.http.messages import Conversation
@@ -24,12 +24,16 @@ class ChatBody(Conversation, GenerationFields):
     response_format: ResponseFormat | None = None
     echo: bool | None = None
     stream_options: StreamOptions | None = None
-    # OpenAI's fields that may ask for no more than what happens anyway.
+    # Fields of either that may ask for no more than what happens anyway.
     parallel_tool_calls: Literal[True] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: Items[Literal["text"]] | None = None
-    metadata: None = None
+    add_special_tokens: Literal[False] | None = None
+    include_reasoning: Literal[False] | None = None
+    function_call: Literal["none"] | None = None
+    functions: Nothing = None
+    metadata: Nothing = None
     audio: None = None
     prediction: None = None
     reasoning_effort: None = None

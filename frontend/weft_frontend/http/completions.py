@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import PlainValidator, WithJsonSchema
 
@@ -46,6 +46,7 @@ class CompletionBody(GenerationFields):
     logprobs: Uint32 | None = None
     echo: bool | None = None
     stream_options: StreamOptions | None = None
+    add_special_tokens: Literal[True] | None = None  # as happens anyway
     suffix: None = None
 
     def request(self, request_id: str) -> pb.GenerateRequest:

@@ -101,6 +101,8 @@ def _of_weft_error(error: WeftError, names: Mapping[str, str]) -> HttpError:
         headers = [(b"retry-after", b"%d" % seconds), (b"retry-after-ms", b"%d" % error.retry_after_ms)]
     if error.http_status == HTTPStatus.NOT_IMPLEMENTED:
         headers = [(b"x-should-retry", b"false")]
+    if error.http_status == HTTPStatus.UNAUTHORIZED:
+        headers = [(b"www-authenticate", b"Bearer")]
     param = param_of(error.field) if error.field else None
     param = names.get(param, param) if param else None
     message = error.message.removeprefix(f"{error.field}: ")

@@ -84,6 +84,16 @@ LogitBias = Annotated[
 ]
 
 
+def _nothing(value: Any) -> Any:
+    if value != [] and value != {}:
+        raise invalid("is not supported")
+    return value
+
+
+# Of a field that may be there as long as nothing is in it.
+Nothing = Annotated[Any, PlainValidator(_nothing), WithJsonSchema({"enum": [None, [], {}]})]
+
+
 class Body(BaseModel):
     """A JSON object in which every name must be known and every value of the right type."""
 

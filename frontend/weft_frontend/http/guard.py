@@ -9,11 +9,12 @@ import secrets
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from weft_frontend.errors import bad_key
 from weft_frontend.http.body import Disconnected
 from weft_frontend.http.call import answer
 from weft_frontend.http.errors import HttpError, http_error, log_if_unforeseen
 
-OPEN_PATHS = frozenset({"/health", "/ready"})  # probes carry no key
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})  # probes and Prometheus carry no key
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -46,14 +47,15 @@ class Guard:
         names = [name for name, _ in scope["headers"]]
         if names.count(b"host") > 1:
             raise HttpError(400, "More than one Host header", "host", headers=[(b"connection", b"close")])
-        if self._keys and scope["path"] not in OPEN_PATHS and not self._has_key(scope):
-            raise HttpError(401, "No valid API key", code="bad_api_key", headers=[(b"www-authenticate", b"Bearer")])
+        if self._keys and scope["path"] not in OPEN_PATHS:
+            self._check_key(scope)
         if given and given != request_id:
             raise HttpError(400, "x-request-id: must be at most 128 printable ASCII characters", "x-request-id")
 
-    def _has_key(self, scope: Scope) -> bool:
+    def _check_key(self, scope: Scope) -> None:
         """Compares with every key, whatever matches: the time taken tells nothing."""
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        scheme, _, token = given.partition(b" ")
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), None)
+        scheme, _, token = (given or b"").partition(b" ")
         matches = [hmac.compare_digest(token, key) for key in self._keys]
-        return scheme.lower() == b"bearer" and any(matches)
+        if scheme.lower() != b"bearer" or not any(matches):
+            raise bad_key(given is not None)

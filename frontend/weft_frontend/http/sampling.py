@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from weft.inference.v1 import inference_pb2 as pb
 from weft.inference.v1.sampling_pb2 import SamplingParams
@@ -15,6 +15,7 @@ class StreamOptions(Body):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_obfuscation: Literal[False] | None = None  # as happens anyway
 
 
 class GenerationFields(Body):
@@ -44,6 +45,7 @@ class GenerationFields(Body):
     allowed_token_ids: TokenIds | None = None
     bad_words: Items[str] | None = None
     skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: Literal[True] | None = None  # as happens anyway
     structured_outputs: StructuredFields | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
@@ -52,6 +54,8 @@ class GenerationFields(Body):
     model: str | None = None
     stream: bool | None = None
     user: str | None = None
+    safety_identifier: str | None = None  # says who the user is; changes nothing
+    prompt_cache_key: str | None = None  # a hint for routing; changes nothing
     priority: Int32 | None = None
     cache_salt: str | None = None
     adapter: str | None = None
