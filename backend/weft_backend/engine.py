@@ -88,7 +88,7 @@ class Engine:
         for message in self._channel.receive(wait=self._is_idle):
             self._handle(message)
         for request in self._open.pop_expired(time.monotonic()):
-            self._fail(request, Refusal(DEADLINE_EXCEEDED, "TIMEOUT", "timeout_ms is over", field="timeout_ms"))
+            self._fail(request, Refusal(DEADLINE_EXCEEDED, "TIMEOUT", "the request's deadline is over"))
 
     def _handle(self, message: Message) -> None:
         if message.kind is Kind.REQUEST:

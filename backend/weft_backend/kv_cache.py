@@ -49,11 +49,11 @@ class KVCachePlan:
     def check_room(self, max_model_len: int) -> None:
         """Raises StartupError if there is no room, or not for one sequence of ``max_model_len`` tokens."""
         if not self.num_tokens:
-            raise StartupError(f"the KV cache gets no memory ({self.limited_by}){self._advice(': ')}")
+            raise StartupError(f"the KV cache gets no memory ({self.limited_by}){self._advice(': raise')}")
         if self.num_tokens < max_model_len:
             raise StartupError(
                 f"the KV cache has room for {self.num_tokens} tokens ({self.limited_by}), too few for one sequence of "
-                f"{max_model_len}: lower --max-model-len to {self.num_tokens}{self._advice(', or ')}"
+                f"{max_model_len}: lower --max-model-len to {self.num_tokens}{self._advice(', or raise')}"
             )
 
     def allocate(self, device: torch.device) -> KVCache:
@@ -62,11 +62,11 @@ class KVCachePlan:
             return KVCache(self.shape, self.num_pages, self.num_host_pages, device)
         except (MemoryError, torch.OutOfMemoryError) as error:
             size = _gib(self.num_pages * self.shape.num_bytes)
-            hint = f": lower {self.flag}" if self.flag else ""
-            raise StartupError(f"there is no memory for a KV cache of {size} ({self.limited_by}){hint}") from error
+            problem = f"there is no memory for a KV cache of {size} ({self.limited_by}){self._advice(': lower')}"
+            raise StartupError(problem) from error
 
-    def _advice(self, joint: str) -> str:
-        return f"{joint}raise {self.flag}" if self.flag else ""
+    def _advice(self, what: str) -> str:
+        return f"{what} {self.flag}" if self.flag else ""
 
 
 def plan_for_pages(shape: PageShape, num_pages: int, swap_space: float) -> KVCachePlan:

@@ -151,7 +151,7 @@ class PrefixCache:
                 self._name(page, name)
 
     def forget(self, sequence: Sequence) -> None:
-        """Let none of a sequence's pages be found again, in either tier, by whoever they are shared."""
+        """Let none of a sequence's pages be found again, in either tier, whoever else has them."""
         for page in sequence.page_ids:
             self._unname(page)
         for name in sequence.page_hashes:

@@ -43,7 +43,7 @@ class FrontendConfig:
         if self.grpc_listen is not None and not _is_address(self.grpc_listen):
             raise ValueError(f"--grpc-listen takes HOST:PORT or unix:/PATH, not {self.grpc_listen!r}")
         for target in self.backends:
-            if not _is_address(target) or target.startswith(("http://", "https://")):
+            if not _is_address(target):
                 raise ValueError(f"--backend takes HOST:PORT, dns:///NAME:PORT or unix:/PATH, not {target!r}")
         if len(set(self.ports.values())) < len(self.ports):
             raise ValueError(f"--port and --grpc-port are both {self.http_port}")
@@ -83,7 +83,9 @@ def _check_range(flag: str, value: float, low: float, high: float) -> None:
 
 def _is_address(text: str) -> bool:
     match = _ADDRESS.fullmatch(text)
-    return match is not None and (match[1] is None or 0 < int(match[1]) < 1 << 16)
+    if match is None or text.startswith(("http://", "https://")):
+        return False
+    return match[1] is None or 0 < int(match[1]) < 1 << 16
 
 
 def _address(host: str, port: int | None) -> str | None:

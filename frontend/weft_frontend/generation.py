@@ -22,8 +22,7 @@ from weft.inference.v1.sampling_pb2 import SamplingParams
 from weft_frontend import router
 from weft_frontend.choice import ChoiceDelta
 from weft_frontend.config import FrontendConfig
-from weft_frontend.engine_client import RETRY_AFTER_MS
-from weft_frontend.errors import DeadlineExceeded, InvalidRequest, Unavailable, Unsupported, from_status
+from weft_frontend.errors import DeadlineExceeded, InvalidRequest, Unsupported, from_status
 from weft_frontend.logprobs import TokenLogprob
 from weft_frontend.models import ModelRegistry, ServedModel
 from weft_frontend.prompt_run import PromptRun
@@ -146,10 +145,9 @@ class Generation:
         raise Unsupported("No model here has an embedding head", field="model", reason="NO_EMBEDDINGS")
 
     async def get_model(self, name: str) -> pb.Model:
-        """A model that can be used now. Raises NotFound, and Unavailable if none of its backends is ready."""
+        """A model that can be used now. Raises NotFound, and Unavailable if none of its backends takes requests."""
         _, model = await self._models.find(name)
-        if not model.ready:
-            raise Unavailable(f"no backend of {name} is ready", field="model", retry_after_ms=RETRY_AFTER_MS)
+        router.pick(model.backends, name)
         return _public_model(name, model)
 
     def list_models(self) -> pb.ListModelsResponse:

@@ -8,7 +8,7 @@ from weft.engine.v1 import engine_pb2 as engine
 from weft.inference.v1 import output_pb2
 from weft_frontend.choice import Choice, TextOptions
 from weft_frontend.engine_client import EngineClient
-from weft_frontend.errors import DeadlineExceeded, Internal, WeftError
+from weft_frontend.errors import Internal, WeftError
 from weft_frontend.logprobs import LogprobReader, LogprobRun, make_entry
 from weft_frontend.stream import GenerationStream
 
@@ -124,8 +124,6 @@ class PromptRun:
         )
 
     def fail(self, error: WeftError) -> None:
-        if isinstance(error, DeadlineExceeded):  # the field of the engine's request is none of the caller's
-            error = DeadlineExceeded("the request's deadline is over", reason=error.reason)
         if error.field is not None and error.field.startswith("prompt_token_ids"):
             error.field = self._field
         self._stream.fail(error)

@@ -251,7 +251,8 @@ def test_a_deadline_ends_a_request(io: IoSide) -> None:
     io.submit(0, request)
     io.read_until_ended(1)
     assert 0.1 <= time.monotonic() - start < 1
-    assert [failure.code for failure in io.failures()] == [DEADLINE_EXCEEDED]
+    (failure,) = io.failures()
+    assert (failure.code, failure.message, failure.field) == (DEADLINE_EXCEEDED, "the request's deadline is over", "")
 
 
 def test_a_full_queue_refuses_with_a_delay(io: IoSide) -> None:

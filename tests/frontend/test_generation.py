@@ -377,15 +377,6 @@ async def test_a_full_queue_refuses_before_tokenizing(byte_level_files: dict[str
         assert caught.value.retry_after_ms
 
 
-async def test_a_deadline_that_passes_names_no_field(byte_level_files: dict[str, bytes], serve: Serve) -> None:
-    async with FakeBackend(byte_level_files) as fake, serve(fake) as generation:
-        fake.failure = engine.RequestFailure(code=4, reason="TIMEOUT", field="timeout_ms", message="timeout_ms is over")
-        with pytest.raises(errors.DeadlineExceeded) as caught:
-            await answer(generation, ask())
-        assert (caught.value.message, caught.value.field) == ("the request's deadline is over", None)
-        assert caught.value.reason == "TIMEOUT"
-
-
 async def test_a_deadline_that_is_over_is_never_admitted(byte_level_files: dict[str, bytes], serve: Serve) -> None:
     async with FakeBackend(byte_level_files) as fake, serve(fake) as generation:
         with pytest.raises(errors.DeadlineExceeded):

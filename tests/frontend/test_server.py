@@ -248,6 +248,7 @@ async def test_a_connection_that_was_open_is_answered_during_the_drain(fake: Fak
     [
         ({"http_port": 7, "grpc_port": 7}, "--port and --grpc-port are both 7"),
         ({"grpc_listen": "here"}, "--grpc-listen takes HOST:PORT or unix:/PATH, not 'here'"),
+        ({"grpc_listen": "http://localhost:50051"}, "--grpc-listen takes HOST:PORT or unix:/PATH, not 'http://"),
         ({"grpc_listen": ""}, "--grpc-listen takes HOST:PORT or unix:/PATH, not ''"),
         ({"grpc_listen": "localhost:70000"}, "--grpc-listen takes HOST:PORT or unix:/PATH, not 'localhost:70000'"),
         ({"backends": ("unix:/none", "")}, "--backend takes HOST:PORT, dns:///NAME:PORT or unix:/PATH, not ''"),

@@ -51,5 +51,6 @@ def as_tool_choice(choice: str | Mapping[str, Any]) -> pb.ToolChoice:
 
 
 def _as_tool_call(call: Mapping[str, Any]) -> output_pb2.ToolCall:
-    function = dict(dict(call)["function"])
-    return output_pb2.ToolCall(id=dict(call).get("id"), name=function["name"], arguments=function["arguments"])
+    fields = dict(call)
+    function = dict(fields["function"])
+    return output_pb2.ToolCall(id=fields.get("id"), name=function["name"], arguments=function["arguments"])

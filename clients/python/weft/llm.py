@@ -116,9 +116,8 @@ class LLM:
             answer = await self._connection.client.tokenize(prompt.text, model=self._model.id)
             return text, list(answer.token_ids)
 
-        messages = [as_prompt(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
-        texts = [prompt_parts(prompt)[0] for prompt in prompts]
-        parts = list(zip(texts, messages, strict=True))
+        checked = [as_prompt(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
+        parts = [(prompt_parts(given)[0], prompt) for given, prompt in zip(prompts, checked, strict=True)]
         return await self._complete(await for_each(tokenize, parts, _MAX_TOKENIZE_CALLS), params, use_tqdm)
 
     async def _chat(

@@ -24,8 +24,7 @@ class TokenizeBody(Conversation):
         if (self.prompt is None) == (not self.messages):
             raise FieldError("prompt", "give either a prompt or messages")
         if self.prompt is not None:
-            given = {name for name in self.model_fields_set if getattr(self, name) is not None}
-            if of_messages := given - {"prompt", "model", "add_special_tokens"}:
+            if of_messages := self.model_fields_set - {"prompt", "model", "add_special_tokens"}:
                 raise FieldError(min(of_messages), "has no meaning beside a prompt")
             request.text = self.prompt
         else:
